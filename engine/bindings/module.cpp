@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+// The boundary to Python: DLPack views in, spans on. Every call that may block releases the GIL. Buffers must stay alive
+// until their operation is done; backend.py sees to that.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <cmath>
+#include <optional>
+#include <stdexcept>
+
+#include "collectives/errors.hpp"
+#include "kernels/reduce.hpp"
+#include "mpi/library.hpp"
+#include "runtime/engine.hpp"
+#include "runtime/watchdog.hpp"
+
+namespace nb = nanobind;
+
+namespace {
+
+using namespace dtrain;
+using Input = nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>;
+using Output = nb::ndarray<nb::device::cpu, nb::c_contig>;
+
+// What Python holds: the engine goes last, whatever order the garbage collector takes.
+struct EngineGroup {
+  std::shared_ptr<Engine> engine;
+  std::shared_ptr<Group> group;
+};
+
+struct Pending {
+  std::shared_ptr<Engine> engine;
+  std::shared_ptr<Operation> operation;
+};
+
+template <class Array>
+DataType dtype_of(const Array& array) {
+  using Code = nb::dlpack::dtype_code;
+  const nb::dlpack::dtype dtype = array.dtype();
+  if (dtype.lanes == 1) {
+    switch (static_cast<Code>(dtype.code)) {
+      case Code::Float:
+        if (dtype.bits == 32) return DataType::float32;
+        if (dtype.bits == 64) return DataType::float64;
+        if (dtype.bits == 16) return DataType::float16;
+        break;
+      case Code::Bfloat:
+        if (dtype.bits == 16) return DataType::bfloat16;
+        break;
+      case Code::Int:
+        if (dtype.bits == 32) return DataType::int32;
+        if (dtype.bits == 64) return DataType::int64;
+        break;
+      case Code::UInt:
+        if (dtype.bits == 8) return DataType::uint8;
+        break;
+      case Code::Bool: return DataType::boolean;
+      default: break;
+    }
+  }
+  throw nb::type_error(
+      "reductions take float32, float64, bfloat16, float16, int32, int64, uint8 and bool tensors");
+}
+
+std::span<const std::byte> bytes_of(const Input& array) {
+  return {static_cast<const std::byte*>(array.data()), array.nbytes()};
+}
+
+std::span<std::byte> bytes_of(const Output& array) {
+  return {static_cast<std::byte*>(array.data()), array.nbytes()};
+}
+
+// Waits with the GIL released, looking for signals now and then. Returns false after `timeout_seconds`.
+bool wait(const Pending& pending, std::optional<double> timeout_seconds) {
+  using namespace std::chrono;
+  constexpr microseconds between_signal_checks(100000);
+  const auto deadline = steady_clock::now() + duration_cast<microseconds>(duration<double>(timeout_seconds.value_or(0)));
+  for (;;) {
+    auto slice = between_signal_checks;
+    if (timeout_seconds) slice = std::min(slice, duration_cast<microseconds>(deadline - steady_clock::now()));
+    bool done = false;
+    {
+      const nb::gil_scoped_release release;
+      done = pending.engine->wait(*pending.operation, std::max(slice, microseconds(0)));
+    }
+    if (done) break;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    if (timeout_seconds && steady_clock::now() >= deadline) return false;
+  }
+  pending.operation->rethrow();
+  return true;
+}
+
+template <class Call>
+Pending released(const EngineGroup& group, Call&& call) {
+  const nb::gil_scoped_release release;
+  return {group.engine, call(*group.engine, *group.group)};
+}
+
+}  // namespace
+
+NB_MODULE(ENGINE_MODULE_NAME, m) {
+  nb::set_leak_warnings(false);  // the engine lives until the process ends
+  const nb::module_ errors = nb::module_::import_("distributed_trainer.errors");
+  nb::exception<Mismatch>(m, "RanksDisagree", errors.attr("MismatchError"));
+  nb::exception<RankLeft>(m, "RankLeft", errors.attr("DistributedTrainerError"));
+  nb::exception<mpi::Error>(m, "MPIError", errors.attr("DistributedTrainerError"));
+
+  nb::enum_<ReduceOp>(m, "ReduceOp")
+      .value("SUM", ReduceOp::sum)
+      .value("AVERAGE", ReduceOp::average)
+      .value("PRODUCT", ReduceOp::product)
+      .value("MIN", ReduceOp::min)
+      .value("MAX", ReduceOp::max);
+
+  nb::class_<Pending>(m, "Operation")
+      .def("wait", &wait, nb::arg("timeout_seconds") = nb::none(),
+           "Blocks until done; False after timeout_seconds. Raises what the operation failed with.")
+      .def("is_done", [](const Pending& pending) {
+        if (!pending.operation->is_done()) pending.engine->poll();
+        return pending.operation->is_done();
+      });
+
+  nb::class_<EngineGroup>(m, "Group")
+      .def_prop_ro("rank", [](const EngineGroup& self) { return self.group->rank(); })
+      .def_prop_ro("size", [](const EngineGroup& self) { return self.group->size(); })
+      .def_prop_ro("num_nodes", [](const EngineGroup& self) { return self.group->num_nodes(); })
+      .def(
+          "allocate",
+          [](const EngineGroup& self, std::size_t num_bytes) {
+            std::shared_ptr<const Allocation> allocation;
+            {
+              const nb::gil_scoped_release release;
+              allocation = self.engine->allocate(*self.group, num_bytes);
+            }
+            const auto block = (*allocation)[static_cast<std::size_t>(self.group->local().rank())].bytes();
+            using Owner = std::shared_ptr<const Allocation>;
+            const nb::capsule owner(new Owner(allocation), [](void* p) noexcept { delete static_cast<Owner*>(p); });
+            const std::size_t shape[] = {num_bytes};
+            return nb::ndarray<std::uint8_t, nb::device::cpu>(block.data(), 1, shape, owner);
+          },
+          nb::arg("num_bytes"), nb::rv_policy::reference,
+          "Memory in which this group's collectives need no copies, zeroed. Collective, blocks.")
+      .def(
+          "release",
+          [](const EngineGroup& self, const Input& memory) {
+            const nb::gil_scoped_release release;
+            self.engine->release(*self.group, bytes_of(memory));
+          },
+          nb::arg("memory"), "Forgets memory of allocate(); it goes with its last view. Local.")
+      .def(
+          "all_reduce",
+          [](const EngineGroup& self, const Output& buffer, ReduceOp op) {
+            const Reduction reduction{.dtype = dtype_of(buffer), .op = op};
+            return released(self, [&](Engine& e, Group& g) { return e.all_reduce(g, bytes_of(buffer), reduction); });
+          },
+          nb::arg("buffer"), nb::arg("op") = ReduceOp::sum)
+      .def(
+          "broadcast",
+          [](const EngineGroup& self, const Output& buffer, int root) {
+            return released(self, [&](Engine& e, Group& g) { return e.broadcast(g, bytes_of(buffer), root); });
+          },
+          nb::arg("buffer"), nb::arg("root"))
+      .def(
+          "all_gather",
+          [](const EngineGroup& self, const Input& input, const Output& output) {
+            return released(self, [&](Engine& e, Group& g) {
+              return e.all_gather(g, bytes_of(input), bytes_of(output));
+            });
+          },
+          nb::arg("input"), nb::arg("output"))
+      .def(
+          "reduce_scatter",
+          [](const EngineGroup& self, const Input& input, const Output& output, ReduceOp op) {
+            const Reduction reduction{.dtype = dtype_of(output), .op = op};
+            if (dtype_of(input) != reduction.dtype) throw nb::type_error("reduce_scatter: input and output differ in type");
+            return released(self, [&](Engine& e, Group& g) {
+              return e.reduce_scatter(g, bytes_of(input), bytes_of(output), reduction);
+            });
+          },
+          nb::arg("input"), nb::arg("output"), nb::arg("op") = ReduceOp::sum)
+      .def("barrier", [](const EngineGroup& self) {
+        return released(self, [](Engine& e, Group& g) { return e.barrier(g); });
+      });
+
+  nb::class_<Engine>(m, "Engine")
+      .def(
+          "__init__",
+          [](Engine* self, std::uintptr_t communicator_address, int max_ranks_per_node) {
+            const nb::gil_scoped_release release;
+            new (self) Engine({communicator_address, max_ranks_per_node});
+          },
+          nb::arg("communicator_address") = 0, nb::arg("max_ranks_per_node") = 0,
+          "Initialises MPI unless that was done. Collective over the communicator, blocks.")
+      .def_prop_ro("rank", &Engine::rank)
+      .def_prop_ro("size", &Engine::size)
+      .def_prop_ro("node_of_rank", [](const Engine& self) { return self.node().node_of_rank(); })
+      .def("cores_of", [](const Engine& self, int rank) { return self.node().cores_of(rank); }, nb::arg("rank"))
+      .def_prop_ro("has_thread", &Engine::has_thread)
+      .def(
+          "create_group",
+          [](const std::shared_ptr<Engine>& self, const std::vector<int>& ranks) {
+            const nb::gil_scoped_release release;
+            return EngineGroup{self, self->create_group(ranks)};
+          },
+          nb::arg("ranks"), "Collective over the ranks named, blocks.")
+      .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>());
+
+  m.def("library_version", &mpi::library_version);
+  m.def("kernel_isa", &kernel_isa);
+  m.def("abort", &mpi::abort, nb::arg("exit_code"), "Ends all ranks of the job.");
+  m.def("end_with_launcher", &end_with_launcher, nb::arg("launcher_pid"),
+        "Ends this process when that one is gone.");
+}

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collectives/broadcast.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace dtrain {
+
+Task broadcast(Group& group, std::span<std::byte> buffer, int root) {
+  if (group.size() == 1 || buffer.empty()) co_return;
+  const bool one_node = group.num_nodes() == 1;
+  const std::size_t step = one_node ? LocalGroup::scratch_bytes : mpi::max_transfer_bytes;
+  for (std::size_t start = 0; start < buffer.size(); start += step) {
+    const auto work = buffer.subspan(start, std::min(step, buffer.size() - start));
+    if (one_node) {
+      std::byte* const place = group.local().next_scratch()[static_cast<std::size_t>(root)];
+      if (group.rank() == root) std::memcpy(place, work.data(), work.size());
+      auto filled = group.local().barrier();
+      co_await filled;
+      if (group.rank() != root) std::memcpy(work.data(), place, work.size());
+    } else {
+      mpi::Transfer transfer = group.communicator().broadcast(work, root);
+      auto arrived = Until([&transfer] { return transfer.test(); });
+      co_await arrived;
+    }
+  }
+}
+
+}  // namespace dtrain

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collectives/group.hpp"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "collectives/errors.hpp"
+#include "memory/futex.hpp"
+
+namespace dtrain {
+
+void Operation::rethrow() const {
+  if (error_) std::rethrow_exception(error_);
+}
+
+Group::Group(mpi::Communicator communicator, std::vector<int> world_ranks, std::vector<int> node_of_rank,
+             LocalGroup local)
+    : communicator_(communicator),
+      world_ranks_(std::move(world_ranks)),
+      node_of_rank_(std::move(node_of_rank)),
+      local_(std::move(local)) {
+  ranks_of_node_.resize(static_cast<std::size_t>(std::ranges::max(node_of_rank_)) + 1);
+  for (int member = 0; member < size(); ++member) {
+    ranks_of_node_[static_cast<std::size_t>(node_of_rank_[static_cast<std::size_t>(member)])].push_back(member);
+  }
+}
+
+void Group::submit(std::shared_ptr<Operation> operation) {
+  queue_.push_back(std::move(operation));
+  if (failure_) {
+    finish_head(failure_);
+  } else {
+    post_waiting();
+  }
+}
+
+void Group::post_waiting() {
+  std::uint64_t sequence = num_finished_;
+  for (const auto& operation : queue_) {
+    if (!operation->posted_) {
+      operation->posted_ = local_.post(sequence, operation->call_);
+      if (!operation->posted_) return;
+    }
+    ++sequence;
+  }
+}
+
+bool Group::progress() {
+  if (queue_.empty()) return false;
+  try {
+    post_waiting();
+    return advance_head();
+  } catch (...) {
+    fail(std::current_exception());
+    return true;
+  }
+}
+
+bool Group::advance_head() {
+  Operation& head = *queue_.front();
+  if (!head.started_) {
+    if (!head.posted_ || !local_.all_posted(num_finished_)) {
+      check_all_here();
+      return false;
+    }
+    check_calls();
+    head.started_ = true;
+  }
+  if (!head.task_.advance()) {
+    check_all_here();
+    return false;
+  }
+  if (head.task_.done()) {
+    local_.complete(num_finished_);
+    finish_head(nullptr);
+  }
+  return true;
+}
+
+// Every member reads the same announcements, so all of them come to the same sentence.
+void Group::check_calls() const {
+  const Call& first = local_.call_of(0, num_finished_);
+  for (int member = 1; member < local_.size(); ++member) {
+    const Call& other = local_.call_of(member, num_finished_);
+    if (other.agrees_with(first)) continue;
+    const std::vector<int>& ranks = ranks_of_node(node());
+    throw Mismatch("ranks disagree on collective " + std::to_string(num_finished_) +
+                                " of this group: rank " + std::to_string(ranks[0]) + " calls " + first.description() +
+                                ", rank " + std::to_string(ranks[static_cast<std::size_t>(member)]) + " calls " +
+                                other.description() + ". Call the same collectives in the same order on every rank");
+  }
+}
+
+void Group::check_all_here() const {
+  const int member = local_.first_left();
+  if (member < 0 || member == local_.rank()) return;
+  // It may have done its part and left after that; then what is waited for has come by now.
+  const Operation& head = *queue_.front();
+  if (!head.started_ ? local_.all_posted(num_finished_) : head.task_.is_ready()) return;
+  throw RankLeft(
+      "rank " + std::to_string(ranks_of_node(node())[static_cast<std::size_t>(member)]) + " has left the job while rank " +
+      std::to_string(rank()) + " waits for it in " + head.call_.description() + ", collective " +
+      std::to_string(num_finished_) + " of this group. Make the same number of calls on every rank");
+}
+
+void Group::finish_head(std::exception_ptr error) {
+  const std::shared_ptr<Operation> head = std::move(queue_.front());
+  queue_.pop_front();
+  ++num_finished_;
+  if (error) {
+    abandoned_.push_back(head);  // MPI may still write into its buffers
+  } else {
+    const Task finished = std::move(head->task_);  // and its temporary memory with it
+  }
+  head->error_ = std::move(error);
+  head->done_.store(1, std::memory_order_release);
+  futex_wake_all(head->done_);
+}
+
+void Group::fail(std::exception_ptr error) {
+  if (!failure_) failure_ = std::move(error);
+  while (!queue_.empty()) finish_head(failure_);
+}
+
+}  // namespace dtrain

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// A group of ranks and its collectives, which run one after the other in the order in which they were called.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "collectives/local_group.hpp"
+#include "collectives/task.hpp"
+#include "kernels/reduce.hpp"
+#include "mpi/communicator.hpp"
+
+namespace dtrain {
+
+// A collective from call to completion. The caller keeps its buffers alive until is_done() or until the engine that
+// runs it is closed.
+class Operation {
+ public:
+  Operation(const Call& call, Task task) : call_(call), task_(std::move(task)) {}
+
+  bool is_done() const { return done_.load(std::memory_order_acquire) != 0; }
+  // Rethrows what the operation failed with. Only once it is done.
+  void rethrow() const;
+  // For the engine: the word to sleep on.
+  std::atomic<std::uint32_t>& done_word() { return done_; }
+
+ private:
+  friend class Group;
+
+  Call call_;
+  Task task_;
+  bool posted_ = false;
+  bool started_ = false;
+  std::exception_ptr error_;
+  std::atomic<std::uint32_t> done_{0};
+};
+
+// Not thread-safe: only the thread that drives the engine calls what changes it.
+class Group {
+ public:
+  // `world_ranks`: the engine's number of each rank of the group. `node_of_rank`: its node, numbered 0, 1, ... in the
+  // order of the lowest rank.
+  Group(mpi::Communicator communicator, std::vector<int> world_ranks, std::vector<int> node_of_rank,
+        LocalGroup local);
+
+  int rank() const { return communicator_.rank(); }
+  int size() const { return communicator_.size(); }
+  const std::vector<int>& world_ranks() const { return world_ranks_; }
+  int node() const { return node_of_rank_[static_cast<std::size_t>(rank())]; }
+  int num_nodes() const { return static_cast<int>(ranks_of_node_.size()); }
+  // Ranks of the group on node number `node`, ascending.
+  const std::vector<int>& ranks_of_node(int node) const { return ranks_of_node_[static_cast<std::size_t>(node)]; }
+  LocalGroup& local() { return local_; }
+  const mpi::Communicator& communicator() const { return communicator_; }
+  mpi::Communicator& communicator() { return communicator_; }
+
+  // Queues a collective.
+  void submit(std::shared_ptr<Operation> operation);
+
+  // Number of the operation that runs now.
+  std::uint64_t sequence() const { return num_finished_; }
+
+  // Does what can be done without waiting; returns whether that was anything.
+  bool progress();
+  bool is_idle() const { return queue_.empty(); }
+  std::shared_ptr<Operation> last_queued() const { return queue_.back(); }
+  // Whether progress() must be called again and again, since MPI has no way to wake a sleeper.
+  bool needs_polling() const { return num_nodes() > 1 && !queue_.empty(); }
+
+  // Every operation, now and later, fails with `error`.
+  void fail(std::exception_ptr error);
+
+ private:
+  void post_waiting();
+  bool advance_head();
+  void check_calls() const;
+  void check_all_here() const;
+  void finish_head(std::exception_ptr error);
+
+  mpi::Communicator communicator_;
+  std::vector<int> world_ranks_;
+  std::vector<int> node_of_rank_;
+  std::vector<std::vector<int>> ranks_of_node_;
+  LocalGroup local_;
+  std::deque<std::shared_ptr<Operation>> queue_;
+  std::vector<std::shared_ptr<Operation>> abandoned_;
+  std::uint64_t num_finished_ = 0;
+  std::exception_ptr failure_;
+};
+
+}  // namespace dtrain

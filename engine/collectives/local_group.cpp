@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collectives/local_group.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "memory/futex.hpp"
+
+namespace dtrain {
+
+std::string Call::description() const {
+  const std::string elements = std::to_string(count) + " " + name(dtype);
+  switch (collective) {
+    case Collective::all_reduce: return std::string("all_reduce(") + name(op) + ", " + elements + ")";
+    case Collective::broadcast: return "broadcast(root " + std::to_string(root) + ", " + elements + ")";
+    case Collective::all_gather: return "all_gather(" + elements + ")";
+    case Collective::reduce_scatter: return std::string("reduce_scatter(") + name(op) + ", " + elements + ")";
+    case Collective::barrier: return "barrier()";
+  }
+  return "?";
+}
+
+// The sleeper counts itself, looks once more whether it may go on, and only then sleeps; the ringer changes what the
+// sleeper waits for and then looks at the count. Both orders are sequentially consistent, so one sees the other.
+void Doorbell::ring() {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (num_sleepers.load(std::memory_order_relaxed) == 0) return;
+  rings.fetch_add(1);
+  futex_wake_all(rings);
+}
+
+std::size_t LocalGroup::block_bytes() { return sizeof(Header) + 2 * scratch_bytes; }
+
+LocalGroup::LocalGroup(int local_rank, Allocation blocks, std::vector<Doorbell*> doorbells)
+    : local_rank_(local_rank), blocks_(std::move(blocks)), doorbells_(std::move(doorbells)) {
+  for (const Mapping& block : blocks_) headers_.push_back(reinterpret_cast<Header*>(block.bytes().data()));
+}
+
+void LocalGroup::ring_others() {
+  for (int member = 0; member < size(); ++member) {
+    if (member != local_rank_) doorbells_[static_cast<std::size_t>(member)]->ring();
+  }
+}
+
+bool LocalGroup::post(std::uint64_t sequence, const Call& call) {
+  for (const Header* header : headers_) {
+    if (sequence >= header->num_completed.load(std::memory_order_acquire) + ring_length) return false;
+  }
+  Header& own = *headers_[static_cast<std::size_t>(local_rank_)];
+  own.calls[sequence % ring_length] = call;
+  own.num_posted.store(sequence + 1, std::memory_order_release);
+  ring_others();
+  return true;
+}
+
+bool LocalGroup::all_posted(std::uint64_t sequence) const {
+  return std::ranges::all_of(headers_, [sequence](const Header* header) {
+    return header->num_posted.load(std::memory_order_acquire) > sequence;
+  });
+}
+
+const Call& LocalGroup::call_of(int member, std::uint64_t sequence) const {
+  return headers_[static_cast<std::size_t>(member)]->calls[sequence % ring_length];
+}
+
+void LocalGroup::complete(std::uint64_t sequence) {
+  headers_[static_cast<std::size_t>(local_rank_)]->num_completed.store(sequence + 1, std::memory_order_release);
+}
+
+void LocalGroup::leave() {
+  headers_[static_cast<std::size_t>(local_rank_)]->has_left.store(1, std::memory_order_release);
+  ring_others();
+}
+
+int LocalGroup::first_left() const {
+  for (int member = 0; member < size(); ++member) {
+    if (headers_[static_cast<std::size_t>(member)]->has_left.load(std::memory_order_acquire) != 0) return member;
+  }
+  return -1;
+}
+
+std::uint64_t LocalGroup::arrive() {
+  std::atomic<std::uint64_t>& own = headers_[static_cast<std::size_t>(local_rank_)]->num_arrived;
+  const std::uint64_t target = own.load(std::memory_order_relaxed) + 1;
+  own.store(target, std::memory_order_release);
+  ring_others();
+  return target;
+}
+
+bool LocalGroup::all_arrived(std::uint64_t target) const {
+  return std::ranges::all_of(headers_, [target](const Header* header) {
+    return header->num_arrived.load(std::memory_order_acquire) >= target;
+  });
+}
+
+std::vector<std::byte*> LocalGroup::next_scratch() {
+  std::vector<std::byte*> scratch;
+  for (const Mapping& block : blocks_) {
+    scratch.push_back(block.bytes().data() + sizeof(Header) + half_ * scratch_bytes);
+  }
+  half_ = 1 - half_;
+  return scratch;
+}
+
+void LocalGroup::add(std::shared_ptr<const Allocation> allocation) {
+  allocations_.push_back({++num_allocations_, std::move(allocation)});
+}
+
+void LocalGroup::remove(std::span<const std::byte> own_block) {
+  std::erase_if(allocations_, [&](const Numbered& entry) {
+    return (*entry.blocks)[static_cast<std::size_t>(local_rank_)].bytes().data() == own_block.data();
+  });
+}
+
+void LocalGroup::locate(std::span<const std::byte> buffer, Call& call) const {
+  for (const Numbered& entry : allocations_) {
+    const auto block = (*entry.blocks)[static_cast<std::size_t>(local_rank_)].bytes();
+    if (buffer.data() >= block.data() && buffer.data() + buffer.size() <= block.data() + block.size()) {
+      call.allocation = entry.number;
+      call.offset_bytes = static_cast<std::uint64_t>(buffer.data() - block.data());
+      return;
+    }
+  }
+}
+
+std::vector<std::byte*> LocalGroup::shared_buffers(std::uint64_t sequence) const {
+  std::vector<std::byte*> buffers;
+  for (int member = 0; member < size(); ++member) {
+    const Call& call = call_of(member, sequence);
+    const auto entry =
+        std::ranges::find_if(allocations_, [&call](const Numbered& e) { return e.number == call.allocation; });
+    if (entry == allocations_.end()) return {};
+    buffers.push_back((*entry->blocks)[static_cast<std::size_t>(member)].bytes().data() + call.offset_bytes);
+  }
+  return buffers;
+}
+
+}  // namespace dtrain

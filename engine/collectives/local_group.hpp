@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// The members of a group on one node, and the memory through which they work together.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "collectives/task.hpp"
+#include "kernels/dtype.hpp"
+#include "memory/segment.hpp"
+
+namespace dtrain {
+
+enum class Collective : std::uint8_t { all_reduce, broadcast, all_gather, reduce_scatter, barrier };
+
+// What a rank says it calls. All members must say the same at the same place in a group's sequence.
+struct Call {
+  Collective collective = Collective::barrier;
+  DataType dtype = DataType::uint8;
+  ReduceOp op = ReduceOp::sum;
+  std::int32_t root = 0;
+  std::uint64_t count = 0;
+  // Where the buffer lies in memory that the members allocated together (number of the allocation, from 1, and offset
+  // in bytes), or 0 and 0. This may differ between members.
+  std::uint64_t allocation = 0;
+  std::uint64_t offset_bytes = 0;
+
+  bool agrees_with(const Call& other) const {
+    return collective == other.collective && dtype == other.dtype && op == other.op && root == other.root &&
+           count == other.count;
+  }
+  std::string description() const;
+};
+
+// One per process, shared with the processes of the node: how to wake it. Any process rings; the owner sleeps.
+struct alignas(64) Doorbell {
+  std::atomic<std::uint32_t> rings;
+  std::atomic<std::uint32_t> num_sleepers;
+
+  void ring();
+};
+
+// Memory that the members of a group on one node allocated together: one block of the same size each, all mapped by
+// all. Blocks are in the order of the members.
+using Allocation = std::vector<Mapping>;
+
+class LocalGroup {
+ public:
+  static constexpr std::size_t scratch_bytes = std::size_t{1} << 20;  // half of what each member has
+
+  // Bytes of the block that share() must give each member.
+  static std::size_t block_bytes();
+
+  // `blocks` and `doorbells` are in the order of the members; blocks start as zeros.
+  LocalGroup(int local_rank, Allocation blocks, std::vector<Doorbell*> doorbells);
+
+  int rank() const { return local_rank_; }
+  int size() const { return static_cast<int>(headers_.size()); }
+
+  // Announces call number `sequence`; false where slower members have no room for it yet.
+  bool post(std::uint64_t sequence, const Call& call);
+  bool all_posted(std::uint64_t sequence) const;
+  const Call& call_of(int member, std::uint64_t sequence) const;
+  void complete(std::uint64_t sequence);
+
+  // Says that this rank will take part in nothing more; members that wait for it then stop with an error.
+  void leave();
+  // The first member that has left, or -1.
+  int first_left() const;
+
+  // A wait that ends when all members have come to it.
+  auto barrier() {
+    const std::uint64_t target = arrive();
+    return Until([this, target] { return all_arrived(target); });
+  }
+
+  // Each member's scratch_bytes for the next piece of work. Two halves take turns: with at least one barrier in each
+  // turn, a half is written again only after all members are through with it.
+  std::vector<std::byte*> next_scratch();
+
+  // Adds memory in which collectives need no copies.
+  void add(std::shared_ptr<const Allocation> allocation);
+  // Removes the memory of which this rank's block starts at `own_block`.
+  void remove(std::span<const std::byte> own_block);
+  // Sets call.allocation and call.offset_bytes for a buffer of this rank.
+  void locate(std::span<const std::byte> buffer, Call& call) const;
+  // Every member's buffer for call number `sequence` if all lie in memory allocated together, else empty.
+  std::vector<std::byte*> shared_buffers(std::uint64_t sequence) const;
+
+ private:
+  static constexpr std::size_t ring_length = 64;
+
+  // Written by its owner, read by all members.
+  struct Header {
+    alignas(64) std::atomic<std::uint64_t> num_posted;
+    alignas(64) std::atomic<std::uint64_t> num_arrived;
+    alignas(64) std::atomic<std::uint64_t> num_completed;
+    std::atomic<std::uint32_t> has_left;
+    alignas(64) std::array<Call, ring_length> calls;
+  };
+
+  std::uint64_t arrive();
+  bool all_arrived(std::uint64_t target) const;
+  void ring_others();
+
+  int local_rank_;
+  Allocation blocks_;
+  std::vector<Header*> headers_;
+  std::vector<Doorbell*> doorbells_;
+  std::size_t half_ = 0;
+  std::uint64_t num_allocations_ = 0;
+  struct Numbered {
+    std::uint64_t number;
+    std::shared_ptr<const Allocation> blocks;
+  };
+  std::vector<Numbered> allocations_;
+};
+
+}  // namespace dtrain

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collectives/reduce_scatter.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace dtrain {
+
+Task reduce_scatter(Group& group, std::span<const std::byte> input, std::span<std::byte> output, Reduction reduction) {
+  const auto size = static_cast<std::size_t>(group.size());
+  const auto own_rank = static_cast<std::size_t>(group.rank());
+  const bool one_node = group.num_nodes() == 1;
+  if (reduction.op == ReduceOp::average) reduction.scale = 1.0 / group.size();
+  constexpr std::size_t line_bytes = 64;
+  const std::size_t step = std::max(LocalGroup::scratch_bytes / size / line_bytes, std::size_t{1}) * line_bytes;
+
+  std::vector<std::byte> received;
+  for (std::size_t start = 0; start < output.size(); start += step) {
+    const std::size_t num_bytes = std::min(step, output.size() - start);
+    const auto input_piece = [&](std::size_t rank) { return input.subspan(rank * output.size() + start, num_bytes); };
+    std::vector<const std::byte*> sources(size, input_piece(own_rank).data());
+    if (one_node) {
+      const std::vector<std::byte*> scratch = group.local().next_scratch();
+      for (std::size_t rank = 0; rank < size; ++rank) {
+        std::memcpy(scratch[own_rank] + rank * step, input_piece(rank).data(), num_bytes);
+        sources[rank] = scratch[rank] + own_rank * step;
+      }
+      auto filled = group.local().barrier();
+      co_await filled;
+    } else {
+      received.resize(num_bytes * size);
+      std::vector<mpi::Transfer> transfers;
+      for (std::size_t rank = 0; rank < size; ++rank) {
+        if (rank == own_rank) continue;
+        const std::span<std::byte> place(received.data() + rank * num_bytes, num_bytes);
+        transfers.push_back(group.communicator().receive(place, static_cast<int>(rank), 0));
+        transfers.push_back(group.communicator().send(input_piece(rank), static_cast<int>(rank), 0));
+        sources[rank] = place.data();
+      }
+      auto exchanged = Until([&transfers] { return mpi::test_all(transfers); });
+      co_await exchanged;
+    }
+    std::byte* const result = output.data() + start;
+    reduce(sources, {&result, 1}, num_bytes / element_bytes(reduction.dtype), reduction);
+  }
+}
+
+}  // namespace dtrain

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "kernels/reduce.hpp"
+
+namespace dtrain {
+
+using Kernel = void (*)(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t,
+                        const Reduction&);
+
+// reduce_kernels.cpp is compiled once for each of these namespaces, with the flags of its instruction set.
+namespace baseline {
+void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+}
+#ifdef KERNELS_X86
+namespace avx2 {
+void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+}
+namespace avx512 {
+void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+}
+#endif
+
+namespace {
+
+struct Choice {
+  Kernel kernel;
+  const char* isa;
+};
+
+Choice choose() {
+#ifdef KERNELS_X86
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return {avx512::reduce, "avx512"};
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return {avx2::reduce, "avx2"};
+#endif
+  return {baseline::reduce, "baseline"};
+}
+
+const Choice chosen = choose();
+
+}  // namespace
+
+void reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
+            const Reduction& reduction) {
+  chosen.kernel(sources, destinations, count, reduction);
+}
+
+const char* kernel_isa() { return chosen.isa; }
+
+}  // namespace dtrain

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// Plain loops over blocks that fit the first-level cache; the compiler vectorises them. Compiled once per instruction
+// set, in the namespace KERNEL_ISA; everything here has internal linkage but the one entry, or the linker would merge
+// code of different instruction sets.
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels/reduce.hpp"
+
+namespace dtrain::KERNEL_ISA {
+namespace {
+
+constexpr std::size_t block_elements = 2048;
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+struct Float16 {
+  std::uint16_t bits;
+};
+struct Boolean {
+  std::uint8_t value;
+};
+
+template <class T>
+struct Stored {  // T in memory, T while reducing
+  using Accumulator = T;
+  static T load(T value) { return value; }
+  static T store(T value) { return value; }
+};
+
+template <>
+struct Stored<BFloat16> {
+  using Accumulator = float;
+  static float load(BFloat16 value) { return std::bit_cast<float>(std::uint32_t{value.bits} << 16); }
+  static BFloat16 store(float value) {
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
+    const std::uint32_t quiet_nan = (bits >> 16) | 0x40U;
+    return {static_cast<std::uint16_t>((bits & 0x7fffffffU) > 0x7f800000U ? quiet_nan : rounded)};
+  }
+};
+
+template <>
+struct Stored<Float16> {
+  using Accumulator = float;
+  static float load(Float16 value) {
+    // Half's fields moved to float's places are the value times 2^-112, subnormals included.
+    const std::uint32_t shifted = (std::uint32_t{value.bits} & 0x7fffU) << 13;
+    const auto scaled = std::bit_cast<std::uint32_t>(std::bit_cast<float>(shifted) * 0x1p112F);
+    const std::uint32_t magnitude = shifted >= 0x0f800000U ? shifted | 0x7f800000U : scaled;
+    return std::bit_cast<float>(magnitude | (std::uint32_t{value.bits} & 0x8000U) << 16);
+  }
+  static Float16 store(float value) {
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    const std::uint32_t magnitude = bits & 0x7fffffffU;
+    const std::uint32_t sign = (bits >> 16) & 0x8000U;
+    // Adding 0.5 rounds a value below 2^-14 to a multiple of 2^-24, half's smallest subnormal.
+    const std::uint32_t subnormal =
+        std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5F) - std::bit_cast<std::uint32_t>(0.5F);
+    const std::uint32_t normal = (magnitude - (112U << 23) + 0xfffU + ((magnitude >> 13) & 1U)) >> 13;
+    const std::uint32_t not_finite = magnitude > 0x7f800000U ? 0x7e00U : 0x7c00U;
+    const std::uint32_t finite = magnitude < 0x38800000U ? subnormal : normal;
+    return {static_cast<std::uint16_t>(sign | (magnitude >= 0x47800000U ? not_finite : finite))};
+  }
+};
+
+template <>
+struct Stored<Boolean> {
+  using Accumulator = std::uint8_t;
+  static std::uint8_t load(Boolean value) { return value.value != 0 ? 1 : 0; }
+  static Boolean store(std::uint8_t value) { return {value}; }
+};
+
+template <class T>
+T minimum(T a, T b) {
+  if constexpr (std::is_floating_point_v<T>) return a != a || a < b ? a : b;
+  return a < b ? a : b;
+}
+
+template <class T>
+T maximum(T a, T b) {
+  if constexpr (std::is_floating_point_v<T>) return a != a || a > b ? a : b;
+  return a > b ? a : b;
+}
+
+// Signed overflow wraps, as in torch.
+template <class T>
+T add(T a, T b) {
+  if constexpr (std::is_integral_v<T>) {
+    using U = std::make_unsigned_t<T>;
+    return static_cast<T>(static_cast<U>(a) + static_cast<U>(b));
+  } else {
+    return a + b;
+  }
+}
+
+template <class T>
+T multiply(T a, T b) {
+  if constexpr (std::is_integral_v<T>) {
+    using Wide = std::uint64_t;  // no promotion to a signed int on the way
+    return static_cast<T>(static_cast<Wide>(a) * static_cast<Wide>(b));
+  } else {
+    return a * b;
+  }
+}
+
+template <class T, class Combine>
+void reduce_blocks(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations,
+                   std::size_t count, double scale, Combine combine) {
+  using Accumulator = typename Stored<T>::Accumulator;
+  alignas(64) Accumulator accumulator[block_elements];
+  alignas(64) T result[block_elements];
+  for (std::size_t start = 0; start < count; start += block_elements) {
+    const std::size_t n = std::min(block_elements, count - start);
+    const auto block = [start](const std::byte* base) { return reinterpret_cast<const T*>(base) + start; };
+    const T* first = block(sources[0]);
+    if (sources.size() == 1) {
+      for (std::size_t i = 0; i < n; ++i) accumulator[i] = Stored<T>::load(first[i]);
+    } else {
+      const T* second = block(sources[1]);
+      for (std::size_t i = 0; i < n; ++i) {
+        accumulator[i] = combine(Stored<T>::load(first[i]), Stored<T>::load(second[i]));
+      }
+    }
+    for (std::size_t s = 2; s < sources.size(); ++s) {
+      const T* source = block(sources[s]);
+      for (std::size_t i = 0; i < n; ++i) accumulator[i] = combine(accumulator[i], Stored<T>::load(source[i]));
+    }
+    if constexpr (std::is_floating_point_v<Accumulator>) {
+      if (scale != 1.0) {
+        for (std::size_t i = 0; i < n; ++i) accumulator[i] *= static_cast<Accumulator>(scale);
+      }
+    }
+    const void* finished = accumulator;
+    if constexpr (!std::is_same_v<T, Accumulator>) {
+      for (std::size_t i = 0; i < n; ++i) result[i] = Stored<T>::store(accumulator[i]);
+      finished = result;
+    }
+    for (std::byte* destination : destinations) std::memcpy(destination + start * sizeof(T), finished, n * sizeof(T));
+  }
+}
+
+template <class T>
+void reduce_type(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations,
+                 std::size_t count, const Reduction& reduction) {
+  using A = typename Stored<T>::Accumulator;
+  const auto run = [&](auto combine) { reduce_blocks<T>(sources, destinations, count, reduction.scale, combine); };
+  const bool boolean = std::is_same_v<T, Boolean>;
+  switch (reduction.op) {
+    case ReduceOp::sum:
+    case ReduceOp::average:
+      if constexpr (boolean) return run([](A a, A b) { return maximum(a, b); });
+      return run([](A a, A b) { return add(a, b); });
+    case ReduceOp::product: return run([](A a, A b) { return multiply(a, b); });
+    case ReduceOp::min: return run([](A a, A b) { return minimum(a, b); });
+    case ReduceOp::max: return run([](A a, A b) { return maximum(a, b); });
+  }
+}
+
+}  // namespace
+
+void reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
+            const Reduction& reduction);
+
+void reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
+            const Reduction& reduction) {
+  switch (reduction.dtype) {
+    case DataType::float32: return reduce_type<float>(sources, destinations, count, reduction);
+    case DataType::float64: return reduce_type<double>(sources, destinations, count, reduction);
+    case DataType::bfloat16: return reduce_type<BFloat16>(sources, destinations, count, reduction);
+    case DataType::float16: return reduce_type<Float16>(sources, destinations, count, reduction);
+    case DataType::int32: return reduce_type<std::int32_t>(sources, destinations, count, reduction);
+    case DataType::int64: return reduce_type<std::int64_t>(sources, destinations, count, reduction);
+    case DataType::uint8: return reduce_type<std::uint8_t>(sources, destinations, count, reduction);
+    case DataType::boolean: return reduce_type<Boolean>(sources, destinations, count, reduction);
+  }
+}
+
+}  // namespace dtrain::KERNEL_ISA

@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "memory/node.hpp"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+#include <system_error>
+
+namespace dtrain {
+
+using Nonce = std::array<std::uint8_t, 16>;
+
+struct Node::Identity {
+  std::array<char, 40> boot_id;  // of the running kernel: differs between machines and between boots
+  std::uint64_t network_namespace;
+  Nonce nonce;
+  pid_t pid;
+  cpu_set_t cores;
+};
+
+namespace {
+
+// What an owner says of its descriptor, so that a peer can tell that it opened the right file.
+struct Announcement {
+  int fd;
+  dev_t device;
+  ino_t inode;
+
+  static Announcement of(const Descriptor& fd) {
+    struct stat status{};
+    if (fstat(fd.get(), &status) != 0) throw std::system_error(errno, std::generic_category(), "fstat");
+    return {fd.get(), status.st_dev, status.st_ino};
+  }
+  bool same_file(const Announcement& other) const { return device == other.device && inode == other.inode; }
+};
+
+template <class T>
+std::span<const std::byte> bytes_of(const T& value) {
+  return std::as_bytes(std::span(&value, 1));
+}
+
+template <class T>
+std::vector<T> gather(const AllGather& all_gather, const T& mine, std::size_t size) {
+  std::vector<T> all(size);
+  all_gather(bytes_of(mine), std::as_writable_bytes(std::span(all)));
+  return all;
+}
+
+sockaddr_un socket_name(const Nonce& nonce, socklen_t& length) {
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  int used = std::snprintf(name.sun_path + 1, sizeof(name.sun_path) - 1, "dtrain-");  // a leading 0: abstract
+  for (const std::uint8_t byte : nonce) {
+    used += std::snprintf(name.sun_path + 1 + used, sizeof(name.sun_path) - 1 - static_cast<std::size_t>(used), "%02x",
+                          byte);
+  }
+  length = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + static_cast<std::size_t>(used));
+  return name;
+}
+
+bool send_descriptor(int socket, const Nonce& receiver, int sender, const Descriptor& fd) {
+  socklen_t length = 0;
+  sockaddr_un name = socket_name(receiver, length);
+  iovec payload{.iov_base = &sender, .iov_len = sizeof(sender)};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  msghdr message{};
+  message.msg_name = &name;
+  message.msg_namelen = length;
+  message.msg_iov = &payload;
+  message.msg_iovlen = 1;
+  message.msg_control = control.data();
+  message.msg_controllen = control.size();
+  cmsghdr* header = CMSG_FIRSTHDR(&message);
+  header->cmsg_level = SOL_SOCKET;
+  header->cmsg_type = SCM_RIGHTS;
+  header->cmsg_len = CMSG_LEN(sizeof(int));
+  const int value = fd.get();
+  std::memcpy(CMSG_DATA(header), &value, sizeof(value));
+  return sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0;
+}
+
+// The sender's rank and its descriptor; -1 where nothing usable came. Only this user's processes are heard.
+int receive_descriptor(int socket, Descriptor& fd) {
+  int sender = -1;
+  iovec payload{.iov_base = &sender, .iov_len = sizeof(sender)};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int)) + CMSG_SPACE(sizeof(ucred))> control{};
+  msghdr message{};
+  message.msg_iov = &payload;
+  message.msg_iovlen = 1;
+  message.msg_control = control.data();
+  message.msg_controllen = control.size();
+  if (recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) != sizeof(sender)) return -1;
+  bool same_user = false;
+  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr; header = CMSG_NXTHDR(&message, header)) {
+    if (header->cmsg_level != SOL_SOCKET) continue;
+    if (header->cmsg_type == SCM_RIGHTS) {
+      int value = -1;
+      std::memcpy(&value, CMSG_DATA(header), sizeof(value));
+      fd = Descriptor(value);
+    } else if (header->cmsg_type == SCM_CREDENTIALS) {
+      ucred credentials{};
+      std::memcpy(&credentials, CMSG_DATA(header), sizeof(credentials));
+      same_user = credentials.uid == geteuid();
+    }
+  }
+  return same_user && fd ? sender : -1;
+}
+
+// Greedy cliques: a rank joins the node of the lowest rank with which, and with all of whose members, it shares
+// memory both ways.
+std::vector<int> find_nodes(std::span<const std::uint8_t> reaches, std::size_t size, int max_ranks) {
+  std::vector<std::vector<std::size_t>> nodes;
+  std::vector<int> node_of_rank(size, -1);
+  for (std::size_t rank = 0; rank < size; ++rank) {
+    const auto fits = [&](const std::vector<std::size_t>& members) {
+      const bool has_room = max_ranks <= 0 || members.size() < static_cast<std::size_t>(max_ranks);
+      return has_room && std::ranges::all_of(members, [&](std::size_t member) {
+               return reaches[rank * size + member] != 0 && reaches[member * size + rank] != 0;
+             });
+    };
+    auto node = std::ranges::find_if(nodes, fits);
+    if (node == nodes.end()) node = nodes.insert(node, std::vector<std::size_t>{});
+    node->push_back(rank);
+    node_of_rank[rank] = static_cast<int>(node - nodes.begin());
+  }
+  return node_of_rank;
+}
+
+}  // namespace
+
+Node::Node(int rank, int size, const AllGather& all_gather, int max_ranks) : rank_(rank) {
+  Identity own{};
+  const Descriptor boot_id(::open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC));
+  if (!boot_id || read(boot_id.get(), own.boot_id.data(), own.boot_id.size() - 1) <= 0) {
+    throw std::system_error(errno, std::generic_category(), "reading /proc/sys/kernel/random/boot_id");
+  }
+  struct stat status{};
+  if (stat("/proc/self/ns/net", &status) == 0) own.network_namespace = status.st_ino;
+  if (getrandom(own.nonce.data(), own.nonce.size(), 0) != static_cast<ssize_t>(own.nonce.size())) {
+    throw std::system_error(errno, std::generic_category(), "getrandom");
+  }
+  own.pid = getpid();
+  CPU_ZERO(&own.cores);
+  sched_getaffinity(0, sizeof(own.cores), &own.cores);
+
+  socket_ = Descriptor(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  const int on = 1;
+  socklen_t length = 0;
+  const sockaddr_un name = socket_name(own.nonce, length);
+  if (!socket_ || setsockopt(socket_.get(), SOL_SOCKET, SO_PASSCRED, &on, sizeof(on)) != 0 ||
+      bind(socket_.get(), reinterpret_cast<const sockaddr*>(&name), length) != 0) {
+    socket_ = Descriptor();  // peers that need it time out and are then other nodes
+  }
+
+  const auto num_ranks = static_cast<std::size_t>(size);
+  identities_ = gather(all_gather, own, num_ranks);
+
+  // Share one page holding the nonce with every candidate, and see which of theirs can be read.
+  const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const Descriptor page = create_memory(page_bytes);
+  const Mapping own_page(page, page_bytes);
+  std::memcpy(own_page.bytes().data(), own.nonce.data(), own.nonce.size());
+  std::vector<int> everyone(num_ranks);
+  for (std::size_t peer = 0; peer < num_ranks; ++peer) everyone[peer] = static_cast<int>(peer);
+  const std::vector<Mapping> pages = map_peers(page, page_bytes, everyone, all_gather);
+
+  std::vector<std::uint8_t> reached(num_ranks, 0);
+  for (std::size_t peer = 0; peer < num_ranks; ++peer) {
+    const auto bytes = pages[peer].bytes();
+    reached[peer] = !bytes.empty() && std::memcmp(bytes.data(), identities_[peer].nonce.data(), own.nonce.size()) == 0;
+  }
+  std::vector<std::uint8_t> reaches(num_ranks * num_ranks);
+  all_gather(std::as_bytes(std::span(reached)), std::as_writable_bytes(std::span(reaches)));
+  node_of_rank_ = find_nodes(reaches, num_ranks, max_ranks);
+
+  cpu_set_t cores{};
+  CPU_ZERO(&cores);
+  for (std::size_t peer = 0; peer < num_ranks; ++peer) {
+    if (is_candidate(static_cast<int>(peer))) CPU_OR(&cores, &cores, &identities_[peer].cores);
+  }
+  num_cores_ = std::max(1, CPU_COUNT(&cores));
+}
+
+Node::~Node() = default;
+
+std::vector<int> Node::cores_of(int rank) const {
+  std::vector<int> cores;
+  for (int core = 0; core < CPU_SETSIZE; ++core) {
+    if (CPU_ISSET(static_cast<std::size_t>(core), &identities_[static_cast<std::size_t>(rank)].cores)) {
+      cores.push_back(core);
+    }
+  }
+  return cores;
+}
+
+bool Node::is_candidate(int peer) const {
+  const auto own_index = static_cast<std::size_t>(rank_);
+  const auto peer_index = static_cast<std::size_t>(peer);
+  if (!node_of_rank_.empty()) return node_of_rank_[own_index] == node_of_rank_[peer_index];
+  const Identity& own = identities_[own_index];
+  const Identity& other = identities_[peer_index];
+  return own.boot_id == other.boot_id && own.network_namespace == other.network_namespace;
+}
+
+std::vector<Mapping> Node::share(std::size_t num_bytes, std::span<const int> ranks,
+                                 const AllGather& all_gather) const {
+  const Descriptor fd = create_memory(num_bytes);
+  std::vector<Mapping> all = map_peers(fd, num_bytes, ranks, all_gather);
+  std::vector<Mapping> of_node;
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    if (!is_candidate(ranks[i])) continue;
+    if (all[i].bytes().empty()) {
+      throw std::runtime_error("rank " + std::to_string(rank_) + " could not map the shared memory of rank " +
+                               std::to_string(ranks[i]) + " on the same node, though it could at start");
+    }
+    of_node.push_back(std::move(all[i]));
+  }
+  return of_node;
+}
+
+std::vector<Mapping> Node::map_peers(const Descriptor& fd, std::size_t num_bytes, std::span<const int> ranks,
+                                     const AllGather& all_gather) const {
+  const std::size_t size = ranks.size();
+  const auto announced = gather(all_gather, Announcement::of(fd), size);
+  std::vector<Mapping> mappings(size);
+  std::vector<std::uint8_t> missing(size, 0);
+  for (std::size_t i = 0; i < size; ++i) {
+    if (ranks[i] == rank_) {
+      mappings[i] = Mapping(fd, num_bytes);
+    } else if (is_candidate(ranks[i])) {
+      const auto opened = open_descriptor_of(identities_[static_cast<std::size_t>(ranks[i])].pid, announced[i].fd);
+      if (opened && Announcement::of(*opened).same_file(announced[i])) {
+        mappings[i] = Mapping(*opened, num_bytes);
+      } else {
+        missing[i] = 1;
+      }
+    }
+  }
+  // All have opened what they can once this gather is over, so the descriptor may then be closed.
+  std::vector<std::uint8_t> all_missing(size * size);
+  all_gather(std::as_bytes(std::span(missing)), std::as_writable_bytes(std::span(all_missing)));
+  std::vector<int> receivers;
+  std::vector<int> senders;
+  std::size_t own_index = 0;
+  while (ranks[own_index] != rank_) ++own_index;
+  for (std::size_t i = 0; i < size; ++i) {
+    if (all_missing[i * size + own_index] != 0) receivers.push_back(ranks[i]);
+    if (missing[i] != 0) senders.push_back(ranks[i]);
+  }
+  exchange_descriptors(fd, receivers, senders, [&](int sender, const Descriptor& received) {
+    for (std::size_t i = 0; i < size; ++i) {
+      if (ranks[i] == sender && Announcement::of(received).same_file(announced[i])) {
+        mappings[i] = Mapping(received, num_bytes);
+      }
+    }
+  });
+  return mappings;
+}
+
+// Datagrams hold few descriptors at a time, so sending and receiving alternate until both are through. A peer that
+// stays silent for `patience` is not reachable.
+void Node::exchange_descriptors(const Descriptor& fd, std::span<const int> receivers, std::span<const int> senders,
+                                const std::function<void(int sender, Descriptor)>& received) const {
+  constexpr std::chrono::seconds patience(2);
+  const auto deadline = std::chrono::steady_clock::now() + patience;
+  std::size_t num_sent = 0;
+  std::size_t num_received = 0;
+  while (socket_ && (num_sent < receivers.size() || num_received < senders.size()) &&
+         std::chrono::steady_clock::now() < deadline) {
+    if (num_sent < receivers.size()) {
+      const Nonce& nonce = identities_[static_cast<std::size_t>(receivers[num_sent])].nonce;
+      if (send_descriptor(socket_.get(), nonce, rank_, fd)) {
+        ++num_sent;
+        continue;
+      }
+      if (errno != EAGAIN) ++num_sent;  // no such socket: that rank will be on another node
+    }
+    Descriptor incoming;
+    const int sender = receive_descriptor(socket_.get(), incoming);
+    if (sender >= 0 && std::ranges::find(senders, sender) != senders.end()) {
+      received(sender, std::move(incoming));
+      ++num_received;
+      continue;
+    }
+    pollfd readable{.fd = socket_.get(), .events = POLLIN, .revents = 0};
+    poll(&readable, 1, 1);
+  }
+}
+
+}  // namespace dtrain

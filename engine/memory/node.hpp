@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which ranks share this machine's memory, and the sharing itself.
+//
+// Nothing is believed from the launcher: ranks of one boot and one network namespace are candidates, and those that
+// really map each other's memory form a node. A rank reaches a peer's memfd through /proc/<pid>/fd, or, where the two
+// live in different process or user namespaces, is handed the descriptor over an abstract socket; where neither works
+// the two are on different nodes and talk MPI.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "memory/segment.hpp"
+
+namespace dtrain {
+
+// Gathers the same number of bytes from every rank, in rank order. Collective, blocks.
+using AllGather = std::function<void(std::span<const std::byte> mine, std::span<std::byte> all)>;
+
+// Shares memory between the ranks of one node. Lives as long as the engine.
+class Node {
+ public:
+  // Collective over all ranks of `all_gather`. `max_ranks` > 0 makes nodes of at most that many consecutive ranks,
+  // so that one machine can stand for several in a test.
+  Node(int rank, int size, const AllGather& all_gather, int max_ranks);
+  ~Node();
+  Node(const Node&) = delete;
+  Node& operator=(const Node&) = delete;
+
+  // Node number of each rank; nodes are numbered by their lowest rank.
+  const std::vector<int>& node_of_rank() const { return node_of_rank_; }
+
+  // Processors that the ranks of this rank's node may use together.
+  int num_cores() const { return num_cores_; }
+
+  // Processors that `rank`, on any node, may use.
+  std::vector<int> cores_of(int rank) const;
+
+  // Collective over the ranks in `ranks` (numbered as in the constructor), which may be on several nodes: each
+  // allocates `num_bytes`, and gets the memory of those on its own node, in the order of `ranks`.
+  std::vector<Mapping> share(std::size_t num_bytes, std::span<const int> ranks, const AllGather& all_gather) const;
+
+ private:
+  struct Identity;
+
+  bool is_candidate(int peer) const;
+  std::vector<Mapping> map_peers(const Descriptor& fd, std::size_t num_bytes, std::span<const int> ranks,
+                                 const AllGather& all_gather) const;
+  void exchange_descriptors(const Descriptor& fd, std::span<const int> receivers, std::span<const int> senders,
+                            const std::function<void(int sender, Descriptor)>& received) const;
+
+  int rank_;
+  std::vector<Identity> identities_;
+  std::vector<int> node_of_rank_;
+  int num_cores_ = 1;
+  Descriptor socket_;
+};
+
+}  // namespace dtrain

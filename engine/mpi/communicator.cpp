@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mpi/communicator.hpp"
+
+#include <cstring>
+#include <string>
+
+#include "mpi/library.hpp"
+
+namespace dtrain::mpi {
+namespace {
+
+int checked_count(std::size_t num_bytes) {
+  if (num_bytes > max_transfer_bytes) {
+    throw Error("a transfer of " + std::to_string(num_bytes) + " bytes is over the limit of one call, " +
+                std::to_string(max_transfer_bytes));
+  }
+  return static_cast<int>(num_bytes);
+}
+
+}  // namespace
+
+bool Transfer::test() {
+  int complete = 0;
+  check(MPI_Test(&request_, &complete, MPI_STATUS_IGNORE), "MPI_Test");
+  return complete != 0;
+}
+
+bool test_all(std::span<Transfer> transfers) {
+  bool complete = true;
+  for (Transfer& transfer : transfers) complete = transfer.test() && complete;
+  return complete;
+}
+
+Communicator::Communicator(MPI_Comm handle) : handle_(handle) {
+  check(MPI_Comm_set_errhandler(handle_, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  check(MPI_Comm_rank(handle_, &rank_), "MPI_Comm_rank");
+  check(MPI_Comm_size(handle_, &size_), "MPI_Comm_size");
+}
+
+Communicator Communicator::duplicate(std::uintptr_t address) {
+  MPI_Comm original = MPI_COMM_WORLD;
+  if (address != 0) std::memcpy(&original, reinterpret_cast<const void*>(address), sizeof(original));
+  MPI_Comm copy = MPI_COMM_NULL;
+  check(MPI_Comm_dup(original, &copy), "MPI_Comm_dup");
+  return Communicator(copy);
+}
+
+Communicator Communicator::create_group(std::span<const int> ranks, int tag) const {
+  MPI_Group all = MPI_GROUP_NULL;
+  MPI_Group members = MPI_GROUP_NULL;
+  MPI_Comm created = MPI_COMM_NULL;
+  check(MPI_Comm_group(handle_, &all), "MPI_Comm_group");
+  check(MPI_Group_incl(all, checked_count(ranks.size()), ranks.data(), &members), "MPI_Group_incl");
+  const int code = MPI_Comm_create_group(handle_, members, tag, &created);
+  MPI_Group_free(&members);
+  MPI_Group_free(&all);
+  check(code, "MPI_Comm_create_group");
+  return Communicator(created);
+}
+
+void Communicator::all_gather(std::span<const std::byte> mine, std::span<std::byte> all) const {
+  const int count = checked_count(mine.size());
+  check(MPI_Allgather(mine.data(), count, MPI_BYTE, all.data(), count, MPI_BYTE, handle_), "MPI_Allgather");
+}
+
+Transfer Communicator::send(std::span<const std::byte> bytes, int destination, int tag) const {
+  MPI_Request request = MPI_REQUEST_NULL;
+  check(MPI_Isend(bytes.data(), checked_count(bytes.size()), MPI_BYTE, destination, tag, handle_, &request),
+        "MPI_Isend");
+  return Transfer(request);
+}
+
+Transfer Communicator::receive(std::span<std::byte> bytes, int source, int tag) const {
+  MPI_Request request = MPI_REQUEST_NULL;
+  check(MPI_Irecv(bytes.data(), checked_count(bytes.size()), MPI_BYTE, source, tag, handle_, &request), "MPI_Irecv");
+  return Transfer(request);
+}
+
+Transfer Communicator::broadcast(std::span<std::byte> bytes, int root) const {
+  MPI_Request request = MPI_REQUEST_NULL;
+  check(MPI_Ibcast(bytes.data(), checked_count(bytes.size()), MPI_BYTE, root, handle_, &request), "MPI_Ibcast");
+  return Transfer(request);
+}
+
+Transfer Communicator::gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const {
+  MPI_Request request = MPI_REQUEST_NULL;
+  const int count = checked_count(mine.size());
+  check(MPI_Iallgather(mine.data(), count, MPI_BYTE, all.data(), count, MPI_BYTE, handle_, &request),
+        "MPI_Iallgather");
+  return Transfer(request);
+}
+
+Transfer Communicator::barrier() const {
+  MPI_Request request = MPI_REQUEST_NULL;
+  check(MPI_Ibarrier(handle_, &request), "MPI_Ibarrier");
+  return Transfer(request);
+}
+
+void Communicator::close() {
+  if (handle_ != MPI_COMM_NULL) check(MPI_Comm_free(&handle_), "MPI_Comm_free");
+}
+
+}  // namespace dtrain::mpi

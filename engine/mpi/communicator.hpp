@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// A communicator of our own, and transfers of bytes on it. All counts are in bytes.
+#pragma once
+
+#include <mpi.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace dtrain::mpi {
+
+// The largest transfer in one call; callers cut larger ones. Open MPI 4 and 5 have no large-count calls.
+inline constexpr std::size_t max_transfer_bytes = std::size_t{1} << 30;
+
+// A transfer in flight. The buffer must stay valid until test() has returned true.
+class Transfer {
+ public:
+  Transfer() = default;
+  explicit Transfer(MPI_Request request) : request_(request) {}
+
+  // True once the transfer is complete; drives MPI's progress.
+  bool test();
+
+ private:
+  MPI_Request request_ = MPI_REQUEST_NULL;
+};
+
+// True once all of `transfers` are complete; tests each that is not.
+bool test_all(std::span<Transfer> transfers);
+
+// Errors are returned by MPI and thrown by us. Copies are views: the handle is freed by close() alone, since freeing
+// is collective and the order of destructors is not.
+class Communicator {
+ public:
+  // Collective. Duplicates the communicator whose MPI_Comm lies at `address`, or the world for 0.
+  static Communicator duplicate(std::uintptr_t address);
+
+  // Collective over `ranks` (ranks of this communicator, in the order of the new one) only.
+  Communicator create_group(std::span<const int> ranks, int tag) const;
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+
+  // Collective, blocks: `all` holds size() times as many bytes as `mine`.
+  void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) const;
+
+  Transfer send(std::span<const std::byte> bytes, int destination, int tag) const;
+  Transfer receive(std::span<std::byte> bytes, int source, int tag) const;
+  Transfer broadcast(std::span<std::byte> bytes, int root) const;
+  Transfer gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const;
+  Transfer barrier() const;
+
+  // Collective: frees the communicator.
+  void close();
+
+ private:
+  explicit Communicator(MPI_Comm handle);
+
+  MPI_Comm handle_ = MPI_COMM_NULL;
+  int rank_ = 0;
+  int size_ = 0;
+};
+
+}  // namespace dtrain::mpi

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mpi/library.hpp"
+
+#include <mpi.h>
+
+#include <array>
+#include <cstdlib>
+#include <string>
+
+namespace dtrain::mpi {
+
+void check(int code, const char* call, std::source_location where) {
+  if (code == MPI_SUCCESS) return;
+  std::array<char, MPI_MAX_ERROR_STRING> text{};
+  int length = 0;
+  if (MPI_Error_string(code, text.data(), &length) != MPI_SUCCESS) length = 0;
+  throw Error(std::string(call) + " failed at " + where.file_name() + ":" + std::to_string(where.line()) + ": " +
+              (length > 0 ? std::string(text.data(), static_cast<std::size_t>(length))
+                          : "error " + std::to_string(code)));
+}
+
+bool initialize() {
+  int initialized = 0;
+  check(MPI_Initialized(&initialized), "MPI_Initialized");
+  if (is_finalized()) throw Error("MPI was finalised in this process and cannot be started again");
+  int provided = 0;
+  if (initialized != 0) {
+    check(MPI_Query_thread(&provided), "MPI_Query_thread");
+  } else {
+    check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
+  }
+  if (provided < MPI_THREAD_MULTIPLE) {
+    throw Error("MPI gives thread level " + std::to_string(provided) + ", MPI_THREAD_MULTIPLE (" +
+                std::to_string(MPI_THREAD_MULTIPLE) +
+                ") is needed. If your code initialises MPI, ask for MPI_THREAD_MULTIPLE there");
+  }
+  return initialized == 0;
+}
+
+void finalize() {
+  if (!is_finalized()) check(MPI_Finalize(), "MPI_Finalize");
+}
+
+bool is_finalized() {
+  int finalized = 0;
+  check(MPI_Finalized(&finalized), "MPI_Finalized");
+  return finalized != 0;
+}
+
+std::string library_version() {
+  std::array<char, MPI_MAX_LIBRARY_VERSION_STRING> text{};
+  int length = 0;
+  check(MPI_Get_library_version(text.data(), &length), "MPI_Get_library_version");
+  const std::string version(text.data());
+  return version.substr(0, version.find('\n'));
+}
+
+void abort(int exit_code) {
+  MPI_Abort(MPI_COMM_WORLD, exit_code);
+  std::_Exit(exit_code);  // in case the library returns
+}
+
+}  // namespace dtrain::mpi

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "runtime/engine.hpp"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <utility>
+
+#include "collectives/all_gather.hpp"
+#include "collectives/all_reduce.hpp"
+#include "collectives/barrier.hpp"
+#include "collectives/broadcast.hpp"
+#include "collectives/reduce_scatter.hpp"
+#include "memory/futex.hpp"
+#include "mpi/library.hpp"
+
+namespace dtrain {
+namespace {
+
+using std::chrono::microseconds;
+using std::chrono::steady_clock;
+
+// With this many cores to a rank, one of them is better spent on an engine thread than on the model.
+constexpr int spare_cores_per_rank = 4;
+// A rank that waits has nothing better to do than spin for about a millisecond; the engine thread takes the core from
+// the model.
+constexpr int max_waiter_spins = 10000;
+constexpr int thread_spins = 200;
+// MPI wakes nobody, so while it has work it is asked this often.
+constexpr microseconds mpi_poll_interval(50);
+constexpr microseconds longest_sleep(100000);
+
+void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+constexpr int group_tag = 1;
+
+}  // namespace
+
+Engine::Engine(const EngineOptions& options)
+    : initialized_mpi_(mpi::initialize()),
+      world_(mpi::Communicator::duplicate(options.communicator_address)),
+      owner_pid_(getpid()) {
+  const AllGather all_gather = gather_over(world_);
+  node_ = std::make_unique<Node>(rank(), size(), all_gather, options.max_ranks_per_node);
+  std::vector<int> everyone(static_cast<std::size_t>(size()));
+  std::iota(everyone.begin(), everyone.end(), 0);
+  doorbell_pages_ = node_->share(static_cast<std::size_t>(sysconf(_SC_PAGESIZE)), everyone, all_gather);
+
+  const std::vector<int>& nodes = node_->node_of_rank();
+  doorbell_of_rank_.resize(nodes.size());
+  int num_local = 0;
+  for (std::size_t peer = 0; peer < nodes.size(); ++peer) {
+    if (nodes[peer] != nodes[static_cast<std::size_t>(rank())]) continue;
+    const auto page = doorbell_pages_[static_cast<std::size_t>(num_local++)].bytes();
+    doorbell_of_rank_[peer] = reinterpret_cast<Doorbell*>(page.data());
+  }
+  const bool one_node = std::ranges::max(nodes) == 0;
+  has_thread_ = size() > 1 && (!one_node || node_->num_cores() >= spare_cores_per_rank * num_local);
+  waiter_spins_ = node_->num_cores() >= num_local ? max_waiter_spins : 0;
+  if (has_thread_) {
+    thread_ = std::make_unique<std::thread>([this] { run(); });
+    pthread_setname_np(thread_->native_handle(), "dtrain-engine");
+  }
+}
+
+Engine::~Engine() {
+  if (getpid() != owner_pid_) {
+    static_cast<void>(thread_.release());  // it does not exist in a forked child
+    return;
+  }
+  if (thread_) {
+    stopping_ = true;
+    doorbell_of_rank_[static_cast<std::size_t>(rank())]->ring();
+    thread_->join();
+  }
+}
+
+AllGather Engine::gather_over(const mpi::Communicator& communicator) const {
+  return [&communicator](std::span<const std::byte> mine, std::span<std::byte> all) {
+    communicator.all_gather(mine, all);
+  };
+}
+
+std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
+  drain();
+  mpi::Communicator communicator = world_.create_group(ranks, group_tag);
+  Allocation blocks = node_->share(LocalGroup::block_bytes(), ranks, gather_over(communicator));
+
+  const std::vector<int>& nodes = node_->node_of_rank();
+  std::vector<int> numbers;  // nodes of the group, in the order of their lowest rank in it
+  std::vector<int> node_of_rank;
+  std::vector<Doorbell*> doorbells;
+  int local_rank = 0;
+  for (const int peer : ranks) {
+    const int node = nodes[static_cast<std::size_t>(peer)];
+    auto number = std::ranges::find(numbers, node);
+    if (number == numbers.end()) number = numbers.insert(number, node);
+    node_of_rank.push_back(static_cast<int>(number - numbers.begin()));
+    if (node != nodes[static_cast<std::size_t>(rank())]) continue;
+    if (peer == rank()) local_rank = static_cast<int>(doorbells.size());
+    doorbells.push_back(doorbell_of_rank_[static_cast<std::size_t>(peer)]);
+  }
+  auto group = std::make_shared<Group>(communicator, std::vector(ranks.begin(), ranks.end()), std::move(node_of_rank),
+                                       LocalGroup(local_rank, std::move(blocks), std::move(doorbells)));
+  const std::scoped_lock lock(drive_mutex_);
+  groups_.push_back(group);
+  return group;
+}
+
+std::shared_ptr<const Allocation> Engine::allocate(Group& group, std::size_t num_bytes) {
+  drain();
+  const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::size_t num_pages = std::max<std::size_t>(1, (num_bytes + page_bytes - 1) / page_bytes);
+  auto allocation = std::make_shared<const Allocation>(
+      node_->share(num_pages * page_bytes, group.world_ranks(), gather_over(group.communicator())));
+  const std::scoped_lock lock(drive_mutex_, inbox_mutex_);
+  group.local().add(allocation);
+  return allocation;
+}
+
+void Engine::release(Group& group, std::span<const std::byte> memory) {
+  drain();
+  const std::scoped_lock lock(drive_mutex_, inbox_mutex_);
+  group.local().remove(memory);
+}
+
+std::shared_ptr<Operation> Engine::all_reduce(Group& group, std::span<std::byte> buffer, const Reduction& reduction) {
+  const Call call{.collective = Collective::all_reduce, .dtype = reduction.dtype, .op = reduction.op,
+                  .count = buffer.size() / element_bytes(reduction.dtype)};
+  return submit(group, call, buffer, dtrain::all_reduce(group, buffer, reduction));
+}
+
+std::shared_ptr<Operation> Engine::broadcast(Group& group, std::span<std::byte> buffer, int root) {
+  if (root < 0 || root >= group.size()) {
+    throw std::invalid_argument("broadcast: root is " + std::to_string(root) + ", the group has ranks 0 to " +
+                                std::to_string(group.size() - 1));
+  }
+  const Call call{.collective = Collective::broadcast, .dtype = DataType::uint8, .root = root, .count = buffer.size()};
+  return submit(group, call, buffer, dtrain::broadcast(group, buffer, root));
+}
+
+std::shared_ptr<Operation> Engine::all_gather(Group& group, std::span<const std::byte> input,
+                                              std::span<std::byte> output) {
+  if (output.size() != input.size() * static_cast<std::size_t>(group.size())) {
+    throw std::invalid_argument("all_gather: the output has " + std::to_string(output.size()) + " bytes, " +
+                                std::to_string(group.size()) + " ranks times " + std::to_string(input.size()) +
+                                " are needed");
+  }
+  const Call call{.collective = Collective::all_gather, .dtype = DataType::uint8, .count = input.size()};
+  return submit(group, call, output, dtrain::all_gather(group, input, output));
+}
+
+std::shared_ptr<Operation> Engine::reduce_scatter(Group& group, std::span<const std::byte> input,
+                                                  std::span<std::byte> output, const Reduction& reduction) {
+  if (input.size() != output.size() * static_cast<std::size_t>(group.size())) {
+    throw std::invalid_argument("reduce_scatter: the input has " + std::to_string(input.size()) + " bytes, " +
+                                std::to_string(group.size()) + " ranks times " + std::to_string(output.size()) +
+                                " are needed");
+  }
+  const Call call{.collective = Collective::reduce_scatter, .dtype = reduction.dtype, .op = reduction.op,
+                  .count = output.size() / element_bytes(reduction.dtype)};
+  return submit(group, call, output, dtrain::reduce_scatter(group, input, output, reduction));
+}
+
+std::shared_ptr<Operation> Engine::barrier(Group& group) {
+  return submit(group, Call{}, {}, dtrain::barrier(group));
+}
+
+std::shared_ptr<Operation> Engine::submit(Group& group, Call call, std::span<const std::byte> buffer, Task task) {
+  const bool is_float = call.dtype == DataType::float32 || call.dtype == DataType::float64 ||
+                        call.dtype == DataType::bfloat16 || call.dtype == DataType::float16;
+  if (call.op == ReduceOp::average && !is_float) {
+    throw std::invalid_argument(std::string("average of ") + name(call.dtype) + ": only floating types have it");
+  }
+  std::shared_ptr<Operation> operation;
+  {
+    const std::scoped_lock lock(inbox_mutex_);
+    if (is_closed_) throw std::runtime_error("the engine was closed: no collective can be called any more");
+    group.local().locate(buffer, call);
+    operation = std::make_shared<Operation>(call, std::move(task));
+    inbox_.emplace_back(&group, operation);
+  }
+  if (has_thread_) {
+    doorbell_of_rank_[static_cast<std::size_t>(rank())]->ring();
+  } else {
+    poll();
+  }
+  return operation;
+}
+
+bool Engine::progress() {
+  const std::scoped_lock lock(drive_mutex_);
+  {
+    const std::scoped_lock inbox_lock(inbox_mutex_);
+    for (auto& [group, operation] : inbox_) group->submit(std::move(operation));
+    inbox_.clear();
+  }
+  bool advanced = false;
+  for (const auto& group : groups_) advanced = group->progress() || advanced;
+  return advanced;
+}
+
+void Engine::poll() {
+  if (!has_thread_) progress();
+}
+
+bool Engine::wait(Operation& operation, microseconds timeout) {
+  const auto deadline = steady_clock::now() + timeout;
+  int spins = 0;
+  while (!operation.is_done()) {
+    if (!has_thread_ && progress()) {
+      spins = 0;
+    } else if (spins < waiter_spins_) {
+      ++spins;
+      pause_briefly();
+    } else {
+      const auto left = std::chrono::duration_cast<microseconds>(deadline - steady_clock::now());
+      if (left.count() <= 0) return false;
+      if (has_thread_) {
+        futex_wait(operation.done_word(), 0, std::min(left, longest_sleep));
+      } else {
+        sleep(std::min(left, longest_sleep));
+      }
+    }
+  }
+  return true;
+}
+
+// See Doorbell::ring for why nothing is missed.
+void Engine::sleep(microseconds timeout) {
+  Doorbell& own = *doorbell_of_rank_[static_cast<std::size_t>(rank())];
+  own.num_sleepers.fetch_add(1);
+  const std::uint32_t rings = own.rings.load();
+  if (!progress()) futex_wait(own.rings, rings, timeout);
+  own.num_sleepers.fetch_sub(1);
+}
+
+// What sets up groups and memory calls MPI from the caller's thread and blocks, so nothing may be left for which a peer
+// waits meanwhile.
+void Engine::drain() {
+  for (;;) {
+    poll();
+    std::shared_ptr<Operation> last;
+    {
+      const std::scoped_lock lock(drive_mutex_, inbox_mutex_);
+      for (const auto& group : groups_) {
+        if (!group->is_idle()) last = group->last_queued();
+      }
+      if (!inbox_.empty()) last = inbox_.back().second;
+    }
+    if (!last) return;
+    wait(*last, longest_sleep);
+  }
+}
+
+void Engine::run() {
+  int spins = 0;
+  while (!stopping_) {
+    if (progress()) {
+      spins = 0;
+      continue;
+    }
+    bool is_idle = true;
+    bool needs_polling = false;
+    {
+      const std::scoped_lock lock(drive_mutex_);
+      for (const auto& group : groups_) {
+        is_idle = is_idle && group->is_idle();
+        needs_polling = needs_polling || group->needs_polling();
+      }
+    }
+    if (!is_idle && spins < thread_spins) {
+      ++spins;
+      pause_briefly();
+    } else {
+      sleep(needs_polling ? mpi_poll_interval : longest_sleep);
+    }
+  }
+}
+
+void Engine::close() {
+  if (getpid() != owner_pid_) return;
+  {
+    const std::scoped_lock lock(inbox_mutex_);
+    if (std::exchange(is_closed_, true)) return;
+  }
+  if (thread_) {
+    stopping_ = true;
+    doorbell_of_rank_[static_cast<std::size_t>(rank())]->ring();
+    thread_->join();
+    thread_.reset();
+    has_thread_ = false;
+  }
+  const std::scoped_lock lock(drive_mutex_);
+  for (const auto& group : groups_) {
+    group->local().leave();
+    group->fail(std::make_exception_ptr(std::runtime_error("the engine was closed")));
+  }
+  if (initialized_mpi_) {
+    mpi::finalize();
+  } else if (!mpi::is_finalized()) {
+    for (const auto& group : groups_) group->communicator().close();
+    world_.close();
+  }
+}
+
+}  // namespace dtrain

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// What drives the collectives of this process.
+//
+// On one node without a spare core, whoever waits does the work: a thread more would only take turns with the one that
+// waits. With cores to spare, or where MPI must be called while nobody waits, one engine thread does it, and then makes
+// all MPI calls but those of start and end. Waiting spins briefly and then sleeps, since ranks may outnumber cores.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <thread>
+#include <vector>
+
+#include "collectives/group.hpp"
+#include "memory/node.hpp"
+
+namespace dtrain {
+
+struct EngineOptions {
+  std::uintptr_t communicator_address = 0;  // of an MPI_Comm to duplicate; 0 for the world
+  int max_ranks_per_node = 0;               // > 0: pretend nodes of so many ranks, for tests
+};
+
+class Engine {
+ public:
+  // Collective over the communicator. Initialises MPI unless that was done.
+  explicit Engine(const EngineOptions& options);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  int rank() const { return world_.rank(); }
+  int size() const { return world_.size(); }
+  const Node& node() const { return *node_; }
+  bool has_thread() const { return has_thread_; }
+
+  // Collective over `ranks`, in the order of the new group; blocks.
+  std::shared_ptr<Group> create_group(std::span<const int> ranks);
+
+  // Collective over `group`; blocks. Memory in which its collectives need no copies: each rank gets `num_bytes`, zeroed
+  // and page-aligned. It is unmapped when the result and release() have let it go.
+  std::shared_ptr<const Allocation> allocate(Group& group, std::size_t num_bytes);
+  // Local. The group's collectives no longer use in place what allocate() gave at `memory`.
+  void release(Group& group, std::span<const std::byte> memory);
+
+  // Each returns at once; the buffers must stay valid until the operation is done. Collective over `group`.
+  std::shared_ptr<Operation> all_reduce(Group& group, std::span<std::byte> buffer, const Reduction& reduction);
+  std::shared_ptr<Operation> broadcast(Group& group, std::span<std::byte> buffer, int root);
+  std::shared_ptr<Operation> all_gather(Group& group, std::span<const std::byte> input, std::span<std::byte> output);
+  std::shared_ptr<Operation> reduce_scatter(Group& group, std::span<const std::byte> input,
+                                            std::span<std::byte> output, const Reduction& reduction);
+  std::shared_ptr<Operation> barrier(Group& group);
+
+  // Waits until `operation` is done, at most `timeout`; returns whether it is.
+  bool wait(Operation& operation, std::chrono::microseconds timeout);
+  // Does what can be done without waiting, unless that is the engine thread's business.
+  void poll();
+
+  // Tells the peers that this rank takes part in nothing more, and finalises MPI if the engine initialised it, which
+  // is collective. Local and a no-op in a forked child. Operations in flight fail.
+  void close();
+
+ private:
+
+  std::shared_ptr<Operation> submit(Group& group, Call call, std::span<const std::byte> buffer, Task task);
+  bool progress();
+  void drain();
+  void run();
+  void sleep(std::chrono::microseconds timeout);
+  AllGather gather_over(const mpi::Communicator& communicator) const;
+
+  bool initialized_mpi_;
+  mpi::Communicator world_;
+  std::unique_ptr<Node> node_;
+  std::vector<Mapping> doorbell_pages_;   // of the ranks on this node, in their order
+  std::vector<Doorbell*> doorbell_of_rank_;  // null for ranks on other nodes
+  bool has_thread_ = false;
+  int waiter_spins_ = 0;
+  const int owner_pid_;
+
+  std::mutex inbox_mutex_;
+  std::deque<std::pair<Group*, std::shared_ptr<Operation>>> inbox_;
+
+  std::mutex drive_mutex_;  // held by whoever drives
+  std::vector<std::shared_ptr<Group>> groups_;
+  std::atomic<bool> stopping_ = false;
+  bool is_closed_ = false;
+  std::unique_ptr<std::thread> thread_;
+};
+
+}  // namespace dtrain
