@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trains a PyTorch model on many GPUs, cores and machines over MPI, with the answer of one process."""
+
+from .errors import DistributedTrainerError, LaunchError, MismatchError, MPINotFoundError
+from .trainer import DistributedTrainer, create_distributed_trainer
+
+__all__ = [
+    "DistributedTrainer",
+    "DistributedTrainerError",
+    "LaunchError",
+    "MPINotFoundError",
+    "MismatchError",
+    "create_distributed_trainer",
+]

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shmpi`: torch.distributed's process group over the engine, which uses shared memory in a node and MPI between."""
+
+from __future__ import annotations
+
+import pickle
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_OPERATIONS = {
+    dist.ReduceOp.SUM: "SUM",
+    dist.ReduceOp.AVG: "AVERAGE",
+    dist.ReduceOp.PRODUCT: "PRODUCT",
+    dist.ReduceOp.MIN: "MIN",
+    dist.ReduceOp.MAX: "MAX",
+}
+
+
+class Work(dist.Work):
+    """A collective in flight."""
+
+    def __init__(self, operation: Any, finish: Callable[[], None] | None) -> None:
+        super().__init__()
+        self._operation = operation
+        self._finish = finish
+
+    def wait(self, timeout: Any = None) -> bool:
+        """Blocks until the result is in the caller's tensors. Local.
+
+        Args:
+            timeout: A timedelta; None waits as long as it takes.
+
+        Raises:
+            MismatchError: Ranks called different collectives. The same on every rank of a node.
+            DistributedTrainerError: A rank has left the job, MPI reports an error, or the time is over.
+        """
+        seconds = timeout.total_seconds() if timeout else None
+        if not self._operation.wait(seconds):
+            raise dist.DistBackendError(f"the collective did not end within {seconds} s")
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            finish()
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return at once. Local."""
+        return self._operation.is_done()
+
+
+class ProcessGroupShmpi(dist.ProcessGroup):
+    """A group of ranks whose collectives the engine runs, in the order in which this rank calls them.
+
+    Collectives return a `Work` at once. They take tensors of any strides; contiguous CPU tensors are used in place,
+    others by way of a contiguous host copy (pinned, for an accelerator's), written back in `Work.wait`.
+    Reductions take float32, float64, bfloat16, float16, int32, int64, uint8 and bool, the rest any dtype.
+
+    Args:
+        group: The engine's group.
+        operations: The engine's `ReduceOp`.
+        always_stage: Copy tensors even where they could be used in place. For tests of that path.
+    """
+
+    def __init__(self, group: Any, operations: Any, always_stage: bool = False) -> None:
+        super().__init__(group.rank, group.size)
+        self._group = group
+        self._operations = operations
+        self._always_stage = always_stage
+        self._in_flight: deque[tuple[Any, tuple[Tensor, ...]]] = deque()
+        self._name = ""
+
+    def getBackendName(self) -> str:  # noqa: N802, D102 (torch's name)
+        return "shmpi"
+
+    def getGroupName(self) -> str:  # noqa: N802, D102
+        return self._name
+
+    def setGroupName(self, name: str) -> None:  # noqa: N802, D102
+        self._name = name
+
+    def allocate(self, num_bytes: int) -> Tensor:
+        """Allocates memory, zeroed and page-aligned, in which this group's collectives need no copies.
+
+        Collective, blocks. It is the node's shared memory and goes with the last tensor that views it.
+
+        Returns:
+            uint8 tensor of shape [num_bytes] on the CPU.
+        """
+        return torch.from_dlpack(self._group.allocate(num_bytes))
+
+    def release(self, memory: Tensor) -> None:
+        """Makes the group forget memory of `allocate`. Local; no collective on it may be in flight."""
+        self._group.release(memory)
+
+    def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
+        """Reduces a tensor over all ranks, in place, to the same bits on each. Collective.
+
+        16-bit types are summed in float32 in the order of the ranks of a node, and of the nodes.
+        """
+        (tensor,) = tensors
+        buffer = self._host_buffer(tensor)
+        operation = self._group.all_reduce(buffer, self._reduce_op(opts))
+        return self._start(operation, (buffer,), self._copy_back(tensor, buffer))
+
+    def broadcast(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
+        """Copies the tensor of rank `opts.rootRank` to every rank. Collective."""
+        (tensor,) = tensors
+        root = 0 if opts is None else opts if isinstance(opts, int) else opts.rootRank
+        buffer = self._host_buffer(tensor)
+        operation = self._group.broadcast(_as_bytes(buffer), root)
+        return self._start(operation, (buffer,), self._copy_back(tensor, buffer))
+
+    def _allgather_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
+        """Fills `output` with the `input` of all ranks, in their order. Collective; inputs have one shape."""
+        source, target = self._host_buffer(input), self._host_buffer(output)
+        operation = self._group.all_gather(_as_bytes(source), _as_bytes(target))
+        return self._start(operation, (source, target), self._copy_back(output, target))
+
+    def allgather(
+        self, output_tensors: Sequence[Sequence[Tensor]], input_tensors: Sequence[Tensor], opts: Any = None
+    ) -> Work:
+        """Like `_allgather_base`, into a list of one tensor for each rank. Collective."""
+        (outputs,), (input,) = output_tensors, input_tensors
+        gathered = torch.empty((len(outputs), *input.shape), dtype=input.dtype)
+        source = self._host_buffer(input)
+
+        def distribute() -> None:
+            for output, part in zip(outputs, gathered, strict=True):
+                output.copy_(part)
+
+        operation = self._group.all_gather(_as_bytes(source), _as_bytes(gathered))
+        return self._start(operation, (source, gathered), distribute)
+
+    def _reduce_scatter_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
+        """Leaves in `output` of rank r the reduction of everybody's part r of `input`. Collective."""
+        source, target = self._host_buffer(input), self._host_buffer(output)
+        operation = self._group.reduce_scatter(source, target, self._reduce_op(opts))
+        return self._start(operation, (source, target), self._copy_back(output, target))
+
+    def barrier(self, opts: Any = None) -> Work:
+        """Completes once every rank has called it. Collective."""
+        return self._start(self._group.barrier(), (), None)
+
+    def _start(self, operation: Any, buffers: tuple[Tensor, ...], finish: Callable[[], None] | None) -> Work:
+        # The engine works on bare memory: what it works on lives until it is done, even if the caller lets go.
+        while self._in_flight and self._in_flight[0][0].is_done():
+            self._in_flight.popleft()
+        self._in_flight.append((operation, buffers))
+        return Work(operation, finish)
+
+    def _host_buffer(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and not self._always_stage:
+            return tensor
+        on_accelerator = tensor.device.type != "cpu"
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_accelerator)
+        buffer.copy_(tensor, non_blocking=True)
+        if on_accelerator:
+            torch.accelerator.current_stream(tensor.device).synchronize()
+        return buffer
+
+    def _copy_back(self, tensor: Tensor, buffer: Tensor) -> Callable[[], None] | None:
+        if buffer.data_ptr() == tensor.data_ptr():
+            return None
+        return lambda: tensor.detach().copy_(buffer)
+
+    def _reduce_op(self, opts: Any) -> Any:
+        op = getattr(opts, "reduceOp", opts)
+        if op is None:
+            op = dist.ReduceOp.SUM
+        for known, name in _OPERATIONS.items():
+            if op == known:
+                return getattr(self._operations, name)
+        raise ValueError(f"shmpi reduces by {', '.join(_OPERATIONS.values())}, not by {op}")
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def message_device(process_group: dist.ProcessGroup) -> torch.device:
+    """Where small tensors must lie for the collectives of any process group: on the CPU if it takes them there."""
+    kinds = process_group._device_types
+    return torch.device("cpu") if not kinds or torch.device("cpu") in kinds else kinds[0]
+
+
+def gather_objects(process_group: dist.ProcessGroup, value: Any) -> list[Any]:
+    """Gathers a picklable object from every rank of any process group, in rank order. Collective, blocks."""
+    data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    size, device = process_group.size(), message_device(process_group)
+    lengths = torch.empty(size, dtype=torch.int64, device=device)
+    process_group._allgather_base(lengths, torch.tensor([data.numel()], device=device)).wait()
+    longest = int(lengths.max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data
+    gathered = torch.empty(size * longest, dtype=torch.uint8, device=device)
+    process_group._allgather_base(gathered, padded).wait()
+    rows = gathered.view(size, longest).cpu().numpy()
+    return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths.tolist(), strict=True)]

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BatchNorm with the statistics of the global batch, on any device.
+
+One process normalises a batch by the mean and variance of all its samples, so ranks that each normalise their own
+part compute another function. Here every training-mode call of `torch.nn.functional.batch_norm` by a BatchNorm module
+of the model takes the statistics of all ranks, and its backward the two sums over all ranks that they bring in.
+
+Nomenclature, per channel: x the input, n_r the values on rank r (samples times positions), n = sum_r n_r,
+f_r = n_r / n, xhat = (x - mean) / sqrt(var + eps), dy the gradient of the output.
+
+    forward    mean = sum_r f_r mean_r                                      one all_gather of (mean_r, var_r, n_r)
+               var  = sum_r f_r (var_r + (mean_r - mean)^2)                 Chan, Golub, LeVeque 1979, for any R
+    backward   dx   = w / sqrt(var + eps) * (dy - sum(dy) / n - xhat * sum(dy * xhat) / n)
+                                                                            one all_gather of both sums
+    weight, bias: this rank's sums; the trainer adds gradients over the ranks.
+
+Invariant: each rank computes the same bits from the same gathered numbers, so running statistics agree without a
+broadcast. A rank that has no samples (a *ghost*, see the design) gathers zeros in place of its own numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+logger = logging.getLogger("distributed_trainer")
+
+
+class GlobalBatchNorm:
+    """Gives the BatchNorm modules of a model the statistics of the global batch, inside `active()` only.
+
+    For that time each module's class is a subclass of its own, so outside of it the model is the user's, bit for bit:
+    state_dict, pickle, deepcopy, evaluation. A compiled model notices as well, since torch.compile guards on the
+    classes of modules; it breaks its graph at each BatchNorm. Functional calls outside of a BatchNorm module are not
+    seen, and a subclass whose forward does not go through `torch.nn.functional.batch_norm` is left alone and named
+    once in a warning.
+
+    Args:
+        model: its modules are looked up now; BatchNorms added later stay local.
+        process_group: used through `rank`, `size` and `_allgather_base` only. Its collectives are issued in the order
+            of the model's forward and backward, which is the same on every rank only among themselves: a group that
+            carries gradient buckets as well needs an order of its own between the two.
+    """
+
+    def __init__(self, model: nn.Module, process_group: Any) -> None:
+        self._mode = _GlobalStatistics(process_group)
+        self._classes: dict[type, type] = {}
+        self._swaps: list[tuple[nn.Module, type, type]] = []
+        self._names = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                self._names[module] = name
+                self._swaps.append((module, type(module), self._global_class(type(module))))
+            elif isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name:
+                self._warn(name, "is a scripted module")
+
+    def __len__(self) -> int:
+        """Return the number of BatchNorm modules found."""
+        return len(self._swaps)
+
+    @contextmanager
+    def active(self, ghost: bool = False) -> Iterator[None]:
+        """Use global statistics until the end of the block. Every rank enters it, around forward and backward.
+
+        Backward belongs inside because activation checkpointing runs forward again there.
+
+        Args:
+            ghost: this rank's input is a stand-in for an empty part: it takes part in every collective, counts for
+                nothing, and the gradients it computes are meaningless.
+
+        Raises:
+            ValueError: (from the model) the global batch has one value per channel, in torch's words, on all ranks.
+        """
+        self._mode.ghost = ghost
+        try:
+            for module, _, global_class in self._swaps:
+                object.__setattr__(module, "__class__", global_class)  # nn.Module's own takes ten times as long
+            yield
+        finally:
+            for module, own_class, _ in self._swaps:
+                object.__setattr__(module, "__class__", own_class)
+
+    def _global_class(self, own: type) -> type:
+        """Make the subclass of `own` whose forward takes global statistics; one per class of the model."""
+        if own in self._classes:
+            return self._classes[own]
+        # SyncBatchNorm's own forward refuses the CPU and does not know ghosts.
+        own_forward = nn.BatchNorm1d.forward if own.forward is nn.SyncBatchNorm.forward else own.forward
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self._mode.calls = 0
+            with self._mode:
+                output = own_forward(module, *args, **kwargs)
+            if module.training and not self._mode.calls:
+                self._warn(self._names.pop(module, None), f"({own.__qualname__}) does not call F.batch_norm")
+            return output
+
+        # Dynamo cannot trace collectives on a bare process group. (The decorator imports it; so does any optimizer.)
+        members = {"forward": torch.compiler.disable(forward), "__module__": own.__module__}
+        self._classes[own] = type(own.__name__, (own,), members)
+        return self._classes[own]
+
+    def _warn(self, name: str | None, reason: str) -> None:
+        if name is not None and self._mode.group.rank() == 0:
+            logger.warning("BatchNorm module %r %s: it keeps the statistics of each rank's part.", name, reason)
+
+
+class _GlobalStatistics(TorchFunctionMode):
+    """Replaces training-mode F.batch_norm while it is entered, in this thread: within one module's forward."""
+
+    def __init__(self, process_group: Any) -> None:
+        super().__init__()
+        self.group = process_group
+        self.ghost = False
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return self._batch_norm(*args, **kwargs) if func is F.batch_norm else func(*args, **kwargs)
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        self.calls += 1
+        if not training:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return _BatchNorm.apply(
+            input, weight, bias, running_mean, running_var, momentum, eps, self.group, self.ghost
+        )
+
+
+class _BatchNorm(torch.autograd.Function):
+    """The formulas at the head of this file. Collective in forward, and in backward if the input needs a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        group: Any,
+        ghost: bool,
+    ) -> Tensor:
+        count = 0 if ghost else input.numel() // input.size(1)
+        means, variances, counts = _all_gather(group, _local_statistics(input, count)).unbind(1)
+        total = counts.sum(0)
+        # A rank that has two values knows the answer: reading a device's tensor would wait for the device.
+        if count < 2 and total[0] == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {input.size()}"
+            )
+        fractions = counts.div_(total)
+        mean = (fractions * means).sum(0)
+        offsets = means.sub_(mean)
+        var = fractions.mul_(torch.addcmul(variances, offsets, offsets)).sum(0)
+        if running_mean is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * total / (total - 1)).to(running_var.dtype), momentum)
+        ctx.save_for_backward(input, weight, mean, var, total)
+        ctx.eps, ctx.group, ctx.ghost = eps, group, ghost
+        return F.batch_norm(input, mean, var, _cast(weight, mean), _cast(bias, mean), training=False, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, var, total = ctx.saved_tensors
+        scale = _cast(weight, mean)
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        # With training=False this is dx for constant statistics, and both sums, in one pass over the tensors.
+        grad_input, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
+            grad_output, input, scale, mean, var, None, None, False, ctx.eps, [need_input, True, True]
+        )
+        if need_input:
+            sums = torch.stack((sum_dy, sum_dy_xhat))
+            sums = _all_gather(ctx.group, torch.zeros_like(sums) if ctx.ghost else sums).sum(0)
+            # xhat = (x - mean) * inverse_std, so what is missing from dx is slope * (mean - x) - offset.
+            inverse_std = (var + ctx.eps).rsqrt_()
+            factor = inverse_std if scale is None else inverse_std * scale
+            mean_dy, mean_dy_xhat = sums.mul_(factor / total).unbind()
+            slope = mean_dy_xhat.mul_(inverse_std)
+            offset = mean_dy.addcmul_(slope, mean, value=-1)
+            channels = (1, -1) + (1,) * (input.dim() - 2)
+            grad_input.addcmul_(input, slope.view(channels), value=-1).sub_(offset.view(channels))
+        grad_weight = sum_dy_xhat.to(weight.dtype) if need_weight else None
+        grad_bias = sum_dy.to(weight.dtype) if need_bias else None
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None, None
+
+
+def _local_statistics(input: Tensor, count: int) -> Tensor:
+    """Return mean, biased variance and count as rows of one value per channel, in float32 for 16-bit inputs."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    if count == 0:
+        return input.new_zeros(3, input.size(1), dtype=dtype)
+    # The kernel behind F.batch_norm: here four times as fast as torch.var_mean. It answers in the dtype of the running
+    # statistics, if given; momentum 0 leaves them as they are.
+    running = None if dtype == input.dtype else input.new_zeros(input.size(1), dtype=dtype)
+    mean, var = torch.batch_norm_update_stats(input, running, running, 0.0)
+    return torch.stack((mean, var, torch.full_like(mean, count)))
+
+
+def _all_gather(group: Any, local: Tensor) -> Tensor:
+    """Return the ranks' tensors in rank order, stacked."""
+    gathered = local.new_empty(group.size() * local.size(0), local.size(1))
+    group._allgather_base(gathered, local).wait()
+    return gathered.view(group.size(), *local.shape)
+
+
+def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if parameter is None else parameter.to(like.dtype)

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of its machine a rank uses: how many ranks a machine has, which device is whose, how many threads.
+
+What decides is given what all ranks of the machine found, and so runs the same without a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import LaunchError
+
+if TYPE_CHECKING:
+    import torch
+
+_HIDE_GPUS = "or hide the GPUs (CUDA_VISIBLE_DEVICES='') to train on the CPU"
+
+
+def resolve_num_gpus(
+    num_gpus: int | None, local_size: int | None, device_count: int
+) -> tuple[int, str | None]:
+    """Decides how many ranks this machine has.
+
+    A launcher has decided it; without one it is `num_gpus`, which means devices per machine, or 1.
+
+    Args:
+        num_gpus: What the script asks for, None for "as started".
+        local_size: Ranks that a launcher has started on this machine, None without a launcher.
+        device_count: GPUs that the ranks of this machine see; with 0 any number of ranks trains on the CPU.
+
+    Returns:
+        The number of ranks, and a line for rank 0 to print if `num_gpus` was overruled, else None.
+
+    Raises:
+        TypeError: `num_gpus` is no integer.
+        ValueError: `num_gpus` is below 1.
+        LaunchError: GPUs are in use, and the ranks or `num_gpus` are more than those.
+    """
+    if num_gpus is not None:
+        if isinstance(num_gpus, bool) or not isinstance(num_gpus, Integral):
+            raise TypeError(f"num_gpus must be an int or None, not {type(num_gpus).__name__} ({num_gpus!r})")
+        if num_gpus < 1:
+            raise ValueError(f"num_gpus is the number of devices per machine and at least 1, not {num_gpus}")
+    host = os.uname().nodename
+    if 0 < device_count < (num_gpus or 0):
+        raise LaunchError(
+            f"num_gpus={num_gpus}, but {host} has {device_count} GPU(s). Pass num_gpus={device_count} or "
+            f"leave it out, {_HIDE_GPUS}."
+        )
+    if 0 < device_count < (local_size or 0):
+        raise LaunchError(
+            f"{local_size} ranks were started on {host}, which has {device_count} GPU(s), and each needs its "
+            f"own. Start {device_count} on this machine, {_HIDE_GPUS}."
+        )
+    if local_size is None:
+        return num_gpus or 1, None
+    if num_gpus in (None, local_size):
+        return local_size, None
+    return local_size, (
+        f"num_gpus={num_gpus} has no effect: the launcher started {local_size} rank(s) on {host}, which train"
+    )
+
+
+def visible_devices() -> list[str]:
+    """Names the accelerators that this process sees, none on a machine without; equal names, one device.
+
+    Their numbers would not do: schedulers show each rank its own GPU as number 0.
+    """
+    import torch
+
+    if not torch.accelerator.is_available():
+        return []
+    kind = torch.accelerator.current_accelerator().type
+    count = torch.accelerator.device_count()
+    properties = getattr(torch.get_device_module(kind), "get_device_properties", lambda index: None)
+    # Of devices without uuid, one that is shown alone is taken for this process's own.
+    fallback = f"{kind} of process {os.getpid()}" if count == 1 else kind
+    return [str(getattr(properties(index), "uuid", f"{fallback}:{index}")) for index in range(count)]
+
+
+def pick_device(visible: Sequence[Sequence[str]], local_rank: int, kind: str = "cuda") -> torch.device:
+    """Picks a rank's device: number 0 if it sees only one, else its local rank's; the CPU if nobody sees one.
+
+    Args:
+        visible: `visible_devices` of all ranks of this machine, by local rank.
+        local_rank: This rank's place in it.
+        kind: Type of the accelerators.
+
+    Raises:
+        LaunchError: Two ranks would take the same device, or only some ranks see one.
+    """
+    import torch
+
+    if not any(visible):
+        return torch.device("cpu")
+    host = os.uname().nodename
+    if not all(visible):
+        blind = [rank for rank, names in enumerate(visible) if not names]
+        raise LaunchError(
+            f"Local ranks {blind} of {host} see no GPU, its others do. Show each rank its GPU, {_HIDE_GPUS}."
+        )
+    chosen = [names[rank % len(names)] for rank, names in enumerate(visible)]
+    for rank, name in enumerate(chosen):
+        first = chosen.index(name)
+        if first != rank:
+            raise LaunchError(
+                f"Local ranks {first} and {rank} of {host} would both use GPU {name}: {len(chosen)} ranks see "
+                f"{len(set().union(*visible))} GPU(s) in all. Start one rank per GPU and show each rank all "
+                f"GPUs or its own, {_HIDE_GPUS}."
+            )
+    return torch.device(kind, local_rank % len(visible[local_rank]))
+
+
+@dataclass(frozen=True)
+class Threads:
+    """Threads for one rank's computation."""
+
+    number: int | None
+    """For torch.set_num_threads; None to leave it as the user has set it."""
+    text: str
+    """For the start-up line."""
+    warning: str | None
+    """For rank 0 to print: cores that the launcher keeps the ranks from using."""
+
+
+def _core_of(cpu: int) -> int:
+    """The physical core that a CPU number of Linux belongs to, named by the first of its hyperthreads."""
+    try:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return cpu
+    return int(siblings.replace("-", ",").split(",")[0])
+
+
+def fit_threads(
+    cpus_of_ranks: Sequence[AbstractSet[int]],
+    local_rank: int,
+    environ: Mapping[str, str],
+    cpus_of_launcher: AbstractSet[int] = frozenset(),
+    core_of: Callable[[int], int] = _core_of,
+) -> Threads:
+    """Fits the number of threads to the cores that a rank may use; under mpirun torch would take 1 by itself.
+
+    Cores that several ranks may use are divided among them. Of 4 or more one is left to the engine's thread.
+    Hyperthreads of a core count once, as in torch's own default. Not for a job of one rank: torch does that.
+
+    Args:
+        cpus_of_ranks: `os.sched_getaffinity(0)` of all ranks of this machine, by local rank.
+        local_rank: This rank's place in it.
+        environ: OMP_NUM_THREADS and MKL_NUM_THREADS count as the user's word. (No mpirun sets them.)
+        cpus_of_launcher: The same of mpirun, if known: what the ranks lack of it, its binding has taken.
+        core_of: Gives the core of a CPU number.
+    """
+    cores_of_ranks = [{core_of(cpu) for cpu in cpus} for cpus in cpus_of_ranks]
+    users = Counter(core for cores in cores_of_ranks for core in cores)
+    num_cores, idle = len(users), {core_of(cpu) for cpu in cpus_of_launcher} - users.keys()
+    warning = None
+    if idle:
+        shared = " (several to one core)" if max(users.values()) > 1 else ""
+        warning = (
+            f"the launcher binds the {len(cores_of_ranks)} rank(s) of this machine to {num_cores} of its "
+            f"{num_cores + len(idle)} cores{shared}; mpirun --bind-to none lets them use all"
+        )
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        if name in environ:
+            return Threads(None, f"threads by {name}={environ[name]}", warning)
+    share = int(sum(Fraction(1, users[core]) for core in cores_of_ranks[local_rank]))
+    number = share - 1 if share >= 4 else max(share, 1)
+    text = f"{number} thread{'s' if number > 1 else ''} per rank ({len(cores_of_ranks)} on {num_cores} cores)"
+    return Threads(number, text, warning)

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of a run. A caller's own mistake is a ValueError or a TypeError instead."""
+
+
+class DistributedTrainerError(RuntimeError):
+    """Base class of all errors that this package raises for a run."""
+
+
+class MPINotFoundError(DistributedTrainerError):
+    """No usable MPI library, or no engine module built for the one that was found."""
+
+
+class LaunchError(DistributedTrainerError):
+    """The processes were not started as one MPI job, or not as the script asks for."""
+
+
+class MismatchError(DistributedTrainerError):
+    """Ranks disagree on something that must be the same on all of them: model, batch or collective."""

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of all ranks summed in buckets, while backward still runs.
+
+A bucket is a flat buffer for the gradients of consecutive parameters; where the process group has memory of its own
+(`allocate`), it lies there and is reduced in place. One step:
+
+1. `start` forgets what arrived before.
+2. As soon as autograd has finished a gradient, a hook copies it to its place in its bucket, once, while it is warm in
+   the cache, and makes that place the parameter's `.grad`.
+3. A bucket whose gradients have all come is reduced, unless one before it is still incomplete: all ranks issue the same
+   buckets in the same order.
+4. `finish` sends what is left, with zeros for what did not come, and waits. A parameter that no rank used has no
+   gradient afterwards.
+
+The first step fills no buckets: it shows in which order gradients arrive, and rank 0's order becomes that of the
+buckets on every rank. Invariant: a bucket's content and its place in the sequence are the same on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backend import gather_objects, message_device
+from .errors import DistributedTrainerError, MismatchError
+
+# Large enough that a call costs nothing against its transfer, small enough that much is on its way before backward ends.
+BUCKET_BYTES = 4 << 20
+
+
+@dataclass
+class _Bucket:
+    buffer: Tensor
+    """Flat, of one dtype and device."""
+    parameters: list[int]
+    """Numbers of the parameters in it."""
+    views: list[Tensor]
+    """Their places, of their shapes."""
+    num_missing: int = 0
+    work: Any = None
+
+
+@dataclass
+class _State:
+    """A parameter's gradient in the current step."""
+
+    name: str
+    parameter: nn.Parameter
+    bucket: int = -1
+    view: Tensor | None = None
+    has_arrived: bool = False
+    hook: Any = field(default=None, repr=False)
+
+
+class GradientSum:
+    """Sums the gradients of named parameters over the ranks of a process group.
+
+    Args:
+        parameters: Names and parameters, the same on every rank; shared parameters once.
+        process_group: Any of torch's. No one else may call collectives on it.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], process_group: Any) -> None:
+        self._group = process_group
+        self._states = [_State(name, parameter) for name, parameter in parameters]
+        self._trainable: list[bool] = []
+        self._buckets: list[_Bucket] = []
+        self._memory: list[Tensor] = []
+        self._arrivals: list[int] = []
+        self._num_started = 0
+        self._is_active = False
+        self._leave_out = False
+
+    def start(self, leave_out: bool = False) -> None:
+        """Begins a step, before forward: drops all gradients. Local.
+
+        Args:
+            leave_out: This rank's gradients of the step count for nothing, whatever they are.
+        """
+        trainable = [state.parameter.requires_grad for state in self._states]
+        if trainable != self._trainable:
+            self._watch(trainable)
+        for state in self._states:
+            state.parameter.grad = None
+            state.has_arrived = False
+        for bucket in self._buckets:
+            bucket.num_missing = len(bucket.parameters)
+            bucket.work = None
+        self._arrivals.clear()
+        self._num_started = 0
+        self._leave_out = leave_out
+        self._is_active = True
+
+    def finish(self, numbers: list[float]) -> list[float]:
+        """Ends a step, after backward: each `.grad` is the sum over all ranks, with the same bits. Collective, blocks.
+
+        Args:
+            numbers: To be summed as well. They travel behind the last bucket, so their sum is the commit point: a rank
+                that has it knows that every rank has all gradients.
+
+        Returns:
+            Their sums, in float64.
+
+        Raises:
+            MismatchError: The ranks' parameters do not fit together. The same on every rank.
+        """
+        self._is_active = False
+        if not self._buckets:
+            self._build()
+        for number in range(self._num_started, len(self._buckets)):
+            bucket = self._buckets[number]
+            for index, view in zip(bucket.parameters, bucket.views, strict=True):
+                state = self._states[index]
+                if not state.has_arrived:
+                    view.zero_()
+                elif state.parameter.grad is not view:  # of the first step
+                    self._take(state, view)
+            self._reduce(bucket)
+        own = [state.has_arrived and not self._leave_out for state in self._states]
+        is_missing = any(needed and not used for needed, used in zip(self._trainable, own, strict=True))
+        *sums, num_missing = self._sum([*numbers, float(is_missing)], torch.float64)
+        num_users = self._sum(own, torch.int32) if num_missing else None
+        for bucket in self._buckets:
+            bucket.work.wait()
+        for bucket in self._buckets:
+            for index, view in zip(bucket.parameters, bucket.views, strict=True):
+                self._states[index].parameter.grad = view if num_users is None or num_users[index] else None
+        return sums
+
+    def close(self) -> None:
+        """Lets go of the parameters. Local."""
+        for state in self._states:
+            if state.hook is not None:
+                state.hook.remove()
+                state.hook = None
+        self._drop_buckets()
+
+    def _watch(self, trainable: list[bool]) -> None:
+        """Hooks what can have a gradient now; the buckets are built anew after the next backward."""
+        self._trainable = trainable
+        self._drop_buckets()
+        for index, state in enumerate(self._states):
+            if state.hook is not None:
+                state.hook.remove()
+                state.hook = None
+            if trainable[index]:
+                state.hook = state.parameter.register_post_accumulate_grad_hook(
+                    lambda parameter, index=index: self._arrived(index)
+                )
+
+    def _drop_buckets(self) -> None:
+        for state in self._states:
+            state.view = None
+        self._buckets = []
+        for memory in self._memory:
+            self._group.release(memory)
+        self._memory = []
+
+    def _arrived(self, index: int) -> None:
+        if not self._is_active:
+            return
+        state = self._states[index]
+        if state.has_arrived:
+            # A second contribution of the same backward, as with reentrant checkpointing. Autograd has added it to
+            # the place in the bucket, which is right until the bucket was sent.
+            if self._buckets and self._buckets[state.bucket].work is not None:
+                raise DistributedTrainerError(
+                    f"the gradient of {state.name} got a second contribution after its bucket was sent. Use "
+                    f"non-reentrant activation checkpointing (use_reentrant=False)."
+                )
+            return
+        state.has_arrived = True
+        self._arrivals.append(index)
+        if not self._buckets:
+            return
+        self._take(state, state.view)
+        self._buckets[state.bucket].num_missing -= 1
+        while self._num_started < len(self._buckets) and not self._buckets[self._num_started].num_missing:
+            self._reduce(self._buckets[self._num_started])
+            self._num_started += 1
+
+    def _take(self, state: _State, view: Tensor) -> None:
+        if self._leave_out:
+            view.zero_()
+        else:
+            view.copy_(state.parameter.grad)
+        state.parameter.grad = view
+
+    def _reduce(self, bucket: _Bucket) -> None:
+        bucket.work = self._group.allreduce([bucket.buffer])
+
+    def _sum(self, values: list[Any], dtype: torch.dtype) -> list[Any]:
+        tensor = torch.tensor(values, dtype=dtype, device=message_device(self._group))
+        self._group.allreduce([tensor]).wait()
+        return tensor.tolist()
+
+    def _build(self) -> None:
+        """Lays out the buckets in rank 0's order of arrival. Collective, blocks."""
+        trainable = [index for index, needed in enumerate(self._trainable) if needed]
+        layout = [
+            (state.name, tuple(state.parameter.shape), state.parameter.dtype, needed)
+            for state, needed in zip(self._states, self._trainable, strict=True)
+        ]
+        gathered = gather_objects(self._group, (self._arrivals, layout))
+        for rank, (_, other) in enumerate(gathered):
+            if other != gathered[0][1]:
+                raise MismatchError(_difference(rank, gathered[0][1], other))
+        order = gathered[0][0]
+        order = order + [index for index in reversed(trainable) if index not in set(order)]
+        for run in self._runs(order):
+            self._buckets.append(self._make_bucket(run))
+
+    def _runs(self, order: list[int]) -> Iterable[list[int]]:
+        """Cuts the order, within each dtype and device, into pieces of about BUCKET_BYTES."""
+        open_runs: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
+        for index in order:
+            parameter = self._states[index].parameter
+            kind = (parameter.dtype, parameter.device)
+            run, num_bytes = open_runs.get(kind, ([], 0))
+            run.append(index)
+            num_bytes += parameter.numel() * parameter.element_size()
+            if num_bytes >= BUCKET_BYTES:
+                yield run
+                open_runs.pop(kind)
+            else:
+                open_runs[kind] = (run, num_bytes)
+        for run, _ in open_runs.values():
+            yield run
+
+    def _make_bucket(self, run: list[int]) -> _Bucket:
+        parameters = [self._states[index].parameter for index in run]
+        dtype, device = parameters[0].dtype, parameters[0].device
+        num_elements = sum(parameter.numel() for parameter in parameters)
+        if device.type == "cpu" and hasattr(self._group, "allocate"):
+            memory = self._group.allocate(max(1, num_elements) * parameters[0].element_size())
+            self._memory.append(memory)
+            buffer = memory.view(dtype)[:num_elements]
+        else:
+            buffer = torch.zeros(num_elements, dtype=dtype, device=device)
+        pieces = buffer.split([parameter.numel() for parameter in parameters])
+        views = []
+        for piece, parameter in zip(pieces, parameters, strict=True):
+            # With strides like the parameter's (channels-last), so that the copy and the optimizer run straight.
+            views.append(piece.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride()))
+        number = len(self._buckets)
+        for index, view in zip(run, views, strict=True):
+            self._states[index].bucket, self._states[index].view = number, view
+        return _Bucket(buffer, run, views)
+
+
+def _difference(rank: int, first: list[Any], other: list[Any]) -> str:
+    for ours, theirs in zip(first, other, strict=False):
+        if ours != theirs:
+            return (
+                f"parameters differ: rank 0 has {_describe(*ours)}, rank {rank} has {_describe(*theirs)}. Build the "
+                f"model the same way on every rank."
+            )
+    return (
+        f"parameters differ: rank 0 has {len(first)} of them, rank {rank} has {len(other)}. Build the model the same "
+        f"way on every rank."
+    )
+
+
+def _describe(name: str, shape: tuple[int, ...], dtype: torch.dtype, needs_grad: bool) -> str:
+    kind = "" if needs_grad else ", frozen"
+    return f"{name} {list(shape)} ({str(dtype).removeprefix('torch.')}{kind})"

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This process's place in the job: the engine, started once, and the job's orderly or disorderly end."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import devices, launch, library
+from .backend import ProcessGroupShmpi, gather_objects
+from .errors import LaunchError
+
+logger = logging.getLogger("distributed_trainer")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one communicator's ranks share. `start` makes it."""
+
+    engine: Any
+    """The engine's `Engine`."""
+    module: Any
+    """The engine's module, for the MPI in use."""
+    node_of_rank: list[int]
+    """Number of each rank's machine."""
+    device: torch.device
+    """Of this rank."""
+    summary: str
+    """What was found, in one line."""
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the job."""
+        return self.engine.rank
+
+    @property
+    def local_ranks(self) -> list[int]:
+        """Ranks on this rank's machine, ascending."""
+        own = self.node_of_rank[self.rank]
+        return [rank for rank, node in enumerate(self.node_of_rank) if node == own]
+
+    @property
+    def local_rank(self) -> int:
+        """This process's number on its machine."""
+        return self.local_ranks.index(self.rank)
+
+    def create_group(self) -> ProcessGroupShmpi:
+        """Makes a process group of all ranks, with an order of calls of its own. Collective, blocks."""
+        return _create_group(self.engine, self.module)
+
+
+_jobs: list[Job] = []  # the first initialised MPI, unless the script did
+_job_of_world: Job | None = None
+
+
+def start(num_gpus: int | None, comm: Any) -> Job:
+    """Makes this process a rank: starts MPI, the engine and the exit handling, or returns what it started before.
+
+    Collective over the ranks of `comm`, blocks. May not return: without a launcher and with `num_gpus` above 1 the
+    process becomes mpirun.
+
+    Args:
+        num_gpus: Devices per machine, None for what the launcher started.
+        comm: An mpi4py communicator, or None for all ranks of the launch.
+
+    Raises:
+        MPINotFoundError: No MPI library, or none that fits.
+        LaunchError: The processes were not started as one MPI job, or not as the script asks.
+    """
+    global _job_of_world
+    if launch.in_data_worker():
+        raise LaunchError(
+            "create_distributed_trainer was called in a DataLoader worker or another forked child of a rank, which "
+            "can't use MPI. Create the trainer in the main process, outside of what the workers import or run."
+        )
+    if comm is None and _job_of_world is not None:
+        return _job_of_world
+    launcher = launch.find_launcher(os.environ)
+    mpi_was_loaded = library.loaded_mpi() is not None
+    try:
+        module = library.load_engine()
+    except Exception as error:
+        launch.raise_once(error, launcher)
+    mpi = library.loaded_mpi()
+    assert mpi is not None
+    num_ranks, _ = devices.resolve_num_gpus(num_gpus, launcher and launcher.local_size, 0)
+    if launcher is None and comm is None and num_ranks > 1 and not (mpi_was_loaded and _is_initialized()):
+        devices.resolve_num_gpus(num_gpus, None, len(devices.visible_devices()))
+        launch.restart_under_mpirun(num_ranks, mpi)
+
+    engine = module.Engine(_address_of(comm), int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0")))
+    launch.check_world_size(launcher, engine.size, mpi)
+    if not _jobs:
+        launch.mark_rank()
+        atexit.register(_close_all, os.getpid())
+        launch.install_excepthook(module.abort, engine.rank, engine.size)
+        if launcher_process := launch.find_launcher_process(launcher):
+            module.end_with_launcher(launcher_process)
+
+    nodes = engine.node_of_rank
+    local_ranks = [rank for rank, node in enumerate(nodes) if node == nodes[engine.rank]]
+    local_rank = local_ranks.index(engine.rank)
+    visible = gather_objects(_create_group(engine, module), devices.visible_devices())
+    local_visible = [visible[rank] for rank in local_ranks]
+    num_visible = len({name for names in local_visible for name in names})
+    _, notice = devices.resolve_num_gpus(num_gpus, len(local_ranks) if launcher else None, num_visible)
+    device = devices.pick_device(local_visible, local_rank)
+    threads = devices.fit_threads([set(engine.cores_of(rank)) for rank in local_ranks], local_rank, os.environ)
+    if threads.number is not None and engine.size > 1:
+        torch.set_num_threads(threads.number)
+    if engine.rank == 0:
+        for line in filter(None, [notice, threads.warning]):
+            logger.warning(line)
+    job = Job(engine, module, nodes, device, _summary(module, nodes, device, threads.text))
+    _jobs.append(job)
+    if comm is None:
+        _job_of_world = job
+    return job
+
+
+def _create_group(engine: Any, module: Any) -> ProcessGroupShmpi:
+    return ProcessGroupShmpi(engine.create_group(list(range(engine.size))), module.ReduceOp)
+
+
+def _summary(module: Any, nodes: list[int], device: torch.device, threads: str) -> str:
+    def count(number: int, what: str) -> str:
+        return f"{number} {what}{'s' if number > 1 else ''}"
+
+    size, num_nodes = len(nodes), max(nodes) + 1
+    facts = [
+        module.library_version().split(",")[0],
+        f"{count(size, 'rank')} on {count(num_nodes, 'machine')}",
+        "CPU (no GPU found)" if device.type == "cpu" else f"one {device.type} device per rank",
+        threads if size > 1 else f"{count(torch.get_num_threads(), 'thread')}",
+    ]
+    if size > 1:
+        facts.append("over shared memory" if num_nodes == 1 else "over shared memory and, between machines, MPI")
+    return ", ".join(facts)
+
+
+def _address_of(comm: Any) -> int:
+    if comm is None:
+        return 0
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        MPI = None  # noqa: N806
+    if MPI is None or not isinstance(comm, MPI.Comm):
+        raise TypeError(f"comm must be an mpi4py communicator (mpi4py.MPI.Comm), not {type(comm).__name__}")
+    return MPI._addressof(comm)
+
+
+def _is_initialized() -> bool:
+    flag = ctypes.c_int(0)
+    ctypes.CDLL(None).MPI_Initialized(ctypes.byref(flag))
+    return bool(flag.value)
+
+
+def _close_all(pid: int) -> None:
+    if os.getpid() == pid:
+        for job in reversed(_jobs):
+            job.engine.close()

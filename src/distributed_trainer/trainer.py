@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer: one training step on the global batch, computed by all ranks, each on its part."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import struct
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import job as jobs
+from .backend import gather_objects, message_device
+from .batchnorm import GlobalBatchNorm
+from .criterion import criterion_name, is_known, local_loss, local_weight, split_criterion
+from .data import (
+    batch_size,
+    call_model,
+    compare_fingerprints,
+    fingerprint,
+    part_bounds,
+    slice_batch,
+    to_device,
+    zero_sample,
+)
+from .errors import MismatchError
+from .gradients import GradientSum
+
+logger = logging.getLogger("distributed_trainer")
+
+# What ranks with parts tell each other before a step: number of samples, weight.
+_PART_HEADER = struct.Struct("<dd")
+
+
+def create_distributed_trainer(
+    model: nn.Module,
+    num_gpus: int | None = None,
+    *,
+    comm: Any = None,
+    process_group: dist.ProcessGroup | None = None,
+    split_batches: bool = True,
+    sync_batchnorm: bool = True,
+) -> DistributedTrainer:
+    """Makes a trainer for `model`. Collective: every rank calls it, with the same model; blocks.
+
+    Starts MPI unless that was done. Without a launcher and with `num_gpus` above 1, the process becomes
+    `mpirun -np num_gpus` of its own command line, so lines above run again.
+
+    Parameters, buffers and the states of `random`, NumPy and torch become rank 0's. The model is moved to this rank's
+    device: its local rank's GPU, the CPU where there is none.
+
+    Args:
+        model: Trained in place. Its parameters may be float32, float64, bfloat16 or float16, frozen, shared or unused.
+        num_gpus: Devices (without a GPU: CPU processes) per machine. Under a launcher the ranks that it started on
+            this machine decide, and another number has no effect. None: what the launcher started, else 1.
+        comm: An mpi4py communicator whose ranks train together; None for all ranks of the launch.
+        process_group: Train over this group of torch.distributed (gloo, nccl) instead of starting MPI; the caller has
+            chosen the device by moving the model there.
+        split_batches: True if every rank passes the same global batch, of which each trains on its part. False if each
+            rank passes a part of its own; parts may differ in size, and the mean is over all samples.
+        sync_batchnorm: BatchNorm uses the statistics of the global batch, as one process does. False: of each rank's
+            part.
+
+    Raises:
+        TypeError, ValueError: An argument is not what is described here.
+        MPINotFoundError: There is no MPI library, or none for which this package was built.
+        LaunchError: The processes were not started as one MPI job, or more of them than there are GPUs, or this is a
+            DataLoader worker.
+        MismatchError: Ranks have different models. The same on every rank.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"{name} has no shape yet: call the model once before create_distributed_trainer.")
+    if process_group is not None:
+        if comm is not None:
+            raise ValueError("pass comm or process_group, not both")
+        ranks = dist.get_process_group_ranks(process_group)
+        groups = (process_group, dist.new_group(ranks, use_local_synchronization=True))
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        return DistributedTrainer(model, groups, device, 0, split_batches, sync_batchnorm)
+    job = jobs.start(num_gpus, comm)
+    if job.rank == 0:
+        mode = "every rank reads the whole batch" if split_batches else "every rank reads its own part"
+        print(f"distributed_trainer: {job.summary}; {mode}", flush=True)
+    model.to(job.device)
+    groups = (job.create_group(), job.create_group())
+    return DistributedTrainer(model, groups, job.device, job.local_rank, split_batches, sync_batchnorm)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """This rank's share of a step."""
+
+    inputs: Any
+    targets: Any
+    criterion: Callable[..., Any]
+    weight: float
+    """Of this part."""
+    total: float
+    """Of the global batch."""
+    is_ghost: bool
+    """A stand-in for an empty part, so that every hook and collective happens; it counts for nothing."""
+    source: int
+    """First rank that has samples: its buffers become everybody's."""
+
+
+class DistributedTrainer:
+    """Trains a model with all ranks of a job. Made by `create_distributed_trainer`; a context manager.
+
+    Attributes:
+        model: The model that was given; use it for evaluation and saving as usual.
+        rank: This process's number, 0 to world_size - 1.
+        world_size: Number of ranks.
+        local_rank: This process's number on its machine.
+        device: Where this rank's model is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: tuple[Any, Any],
+        device: torch.device,
+        local_rank: int,
+        split_batches: bool,
+        sync_batchnorm: bool,
+    ) -> None:
+        # Two groups, since each has one order of calls: gradients become ready in another order than the calls of
+        # forward and of this class are made.
+        gradient_group, self._group = groups
+        self.model = model
+        self.rank: int = self._group.rank()
+        self.world_size: int = self._group.size()
+        self.local_rank = local_rank
+        self.device = device
+        self._split_batches = split_batches
+        self._is_out_of_data = False
+        self._known_criteria: set[str] = set()
+        self._known_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._last_optimizer: tuple[weakref.ref[torch.optim.Optimizer], set[int], bool] | None = None
+        self._warned_new_optimizer = False
+
+        self._check_same_model()
+        for tensor in [*model.parameters(), *model.buffers()]:
+            self._broadcast(tensor.detach(), 0)
+        self._align_random_states()
+        self._gradients = GradientSum(model.named_parameters(), gradient_group)
+        self._batchnorm = GlobalBatchNorm(model, self._group) if sync_batchnorm and self.world_size > 1 else None
+        synced = (nn.modules.batchnorm._BatchNorm,) if sync_batchnorm else ()
+        self._buffers = [
+            (module, name)
+            for module in model.modules()
+            if not isinstance(module, synced)
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._buffer_versions = self._versions()
+
+    def train_step(
+        self,
+        inputs: Any,
+        targets: Any,
+        criterion: Callable[..., Tensor],
+        optimizer: torch.optim.Optimizer,
+    ) -> Tensor:
+        """Trains one step on the global batch: forward, backward, mean over all ranks, `optimizer.step()`.
+
+        Collective, blocks. Afterwards the parameters on every rank are what one process gets on the whole batch. The
+        learning rate is not to be scaled by the number of ranks. Gradients stay in `.grad` until the next step.
+
+        Args:
+            inputs: A tensor, or a tuple, list or dict of tensors, nested as you like; a dict is passed to the model as
+                keywords, a tuple or list as positional arguments. All tensors share the first dimension, the samples.
+            targets: Likewise; passed to the criterion as they are.
+            criterion: Called as criterion(outputs, targets). With reduction "mean" (of samples, elements or weighted
+                targets, as the loss defines it) or "sum". Any other callable counts as a mean over samples.
+            optimizer: Of the model's parameters. Make it once: a new one has lost its state.
+
+        Returns:
+            The loss of the global batch, 0-dimensional and detached, with the same bits on every rank.
+
+        Raises:
+            TypeError, ValueError: An argument is not what is described here. Raised before any communication.
+            MismatchError: With whole batches, the ranks' batches differ. The same on every rank, before any has
+                changed its parameters.
+            DistributedTrainerError: A rank has left the job, or the transport failed.
+        """
+        self._check_arguments(criterion, optimizer)
+        part = self._part(inputs, targets, criterion)
+        self._gradients.start(leave_out=part.is_ghost)
+        with self._rank_random_stream(), self._global_batchnorm(part.is_ghost):
+            outputs = call_model(self.model, to_device(part.inputs, self.device))
+            targets = to_device(part.targets, self.device)
+            if part.is_ghost:
+                loss = part.criterion(outputs, targets)
+            else:
+                loss = local_loss(part.criterion, outputs, targets, part.weight, part.total)
+            loss.backward()
+        own_loss = 0.0 if part.is_ghost else loss.item()
+        total_loss, has_changed_buffers = self._gradients.finish([own_loss, self._versions() != self._buffer_versions])
+        optimizer.step()
+        self._note_optimizer(optimizer)
+        if has_changed_buffers:
+            self._share_buffers(part.source)
+        return torch.tensor(total_loss, dtype=loss.dtype, device=loss.device)
+
+    def split(self, batch: Any) -> Any:
+        """This rank's part of a batch that every rank has: views of its tensors, of any nesting. Local.
+
+        Parts are contiguous, in rank order, and differ by at most one sample; with fewer samples than ranks some are
+        empty.
+        """
+        return slice_batch(batch, *part_bounds(batch_size({"batch": batch}), self.rank, self.world_size))
+
+    def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """Iterates over this rank's own loader until every rank's is at its end. Each step is collective.
+
+        For `split_batches=False`, with one `train_step` for each batch. A rank whose loader has ended gets its last
+        batch again, with which it takes part in the step, but which counts for nothing; so every sample counts once,
+        whatever the number of batches on each rank.
+
+        Raises:
+            ValueError: The trainer takes whole batches, or some rank's loader is empty while another's is not (the
+                same on every rank).
+        """
+        if self._split_batches:
+            raise ValueError(
+                "batches() is for loaders that differ between ranks. This trainer takes whole batches; make it with "
+                "split_batches=False, or iterate over the loader itself."
+            )
+        batch, has_any = None, False
+        for batch in loader:
+            has_any = True
+            self._agree(has_batch=True, has_any=True)
+            yield batch
+        while self._agree(has_batch=False, has_any=has_any):
+            self._is_out_of_data = True
+            try:
+                yield batch
+            finally:
+                self._is_out_of_data = False
+
+    def close(self) -> None:
+        """Lets go of the model: its gradients are no longer summed. Local; MPI goes on until the process ends."""
+        self._gradients.close()
+
+    def __enter__(self) -> DistributedTrainer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"DistributedTrainer({type(self.model).__name__}, rank {self.rank} of {self.world_size}, "
+            f"device={str(self.device)!r}, split_batches={self._split_batches})"
+        )
+
+    def _part(self, inputs: Any, targets: Any, criterion: Callable[..., Any]) -> _Part:
+        """Cuts the batch, or weighs this rank's own part. Collective unless there is one rank."""
+        roots = {"inputs": inputs, "targets": targets}
+        num_samples = batch_size(roots)
+        weight = local_weight(criterion, targets, num_samples)
+        if self._split_batches:
+            if num_samples == 0:
+                raise ValueError("the batch has no samples; skip it on every rank")
+            self._check_same_batch(roots)
+            start, stop = part_bounds(num_samples, self.rank, self.world_size)
+            if is_ghost := start == stop:
+                start, stop = 0, 1
+            part = slice_batch((inputs, targets), start, stop)
+            part_criterion = split_criterion(criterion, targets, start, stop)
+            part_weight = local_weight(part_criterion, part[1], stop - start)
+            return _Part(*part, part_criterion, part_weight, weight, is_ghost, source=0)
+        is_ghost = self._is_out_of_data or num_samples == 0
+        if is_ghost:
+            inputs, targets = slice_batch((inputs, targets), 0, 1) if num_samples else zero_sample((inputs, targets))
+            weight, num_samples = 0.0, 0
+        headers = [_PART_HEADER.unpack(row) for row in self._gather(_PART_HEADER.pack(num_samples, weight))]
+        source = next((rank for rank, (samples, _) in enumerate(headers) if samples), None)
+        if source is None:
+            raise ValueError("no rank has a sample for this step; end the loop on every rank, as trainer.batches does")
+        total = sum(other for _, other in headers)
+        return _Part(inputs, targets, criterion, weight, total, is_ghost, source)
+
+    def _check_arguments(self, criterion: Any, optimizer: Any) -> None:
+        if not callable(criterion):
+            raise TypeError(f"criterion must be callable, such as nn.CrossEntropyLoss(), not {criterion!r}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        name = criterion_name(criterion)
+        if name not in self._known_criteria:
+            self._known_criteria.add(name)
+            if not is_known(criterion) and self.rank == 0 and self.world_size > 1:
+                logger.warning(
+                    "%s is not a loss of torch.nn: it counts as a mean over samples. If it is a sum, give it an "
+                    'attribute reduction = "sum"; if it compares samples with each other, it cannot be split.',
+                    name,
+                )
+        if optimizer in self._known_optimizers:
+            return
+        own = {id(parameter) for parameter in self.model.parameters()}
+        ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not ids <= own:
+            raise ValueError(
+                f"the optimizer has {len(ids - own)} parameter(s) that are not the model's, so nobody would sum their "
+                f"gradients. Make it from the parameters of the model that the trainer was made with."
+            )
+        if self._last_optimizer is not None and not self._warned_new_optimizer and self.rank == 0:
+            last, last_ids, had_state = self._last_optimizer
+            if last() is not optimizer and had_state and ids == last_ids and not optimizer.state:
+                self._warned_new_optimizer = True
+                logger.warning(
+                    "train_step got a new %s, so the state of the last one (momentum, averages) is lost at each step. "
+                    "Make the optimizer once, before the loop.",
+                    type(optimizer).__name__,
+                )
+        self._known_optimizers.add(optimizer)
+
+    def _note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._last_optimizer is None or self._last_optimizer[0]() is not optimizer:
+            ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            self._last_optimizer = weakref.ref(optimizer), ids, bool(optimizer.state)
+
+    def _check_same_batch(self, roots: dict[str, Any]) -> None:
+        if self.world_size == 1:
+            return
+        difference = compare_fingerprints(self._gather(fingerprint(roots)), roots)
+        if difference is not None:
+            raise MismatchError(difference)
+
+    def _check_same_model(self) -> None:
+        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
+        own = [(name, list(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in tensors]
+        gathered = gather_objects(self._group, own)
+        for rank, other in enumerate(gathered):
+            if other != gathered[0]:
+                raise MismatchError(_model_difference(rank, gathered[0], other))
+
+    def _align_random_states(self) -> None:
+        states = (random.getstate(), np.random.get_state(), torch.get_rng_state().numpy())
+        python_state, numpy_state, torch_state = gather_objects(self._group, states)[0]
+        if self._split_batches:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_rng_state(torch.from_numpy(torch_state))
+        elif self.world_size > 1:  # each rank its own stream, all of them from rank 0's state
+            seed = random.Random(repr((python_state, torch_state.tobytes()))).getrandbits(32) ^ self.rank
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+
+    @contextlib.contextmanager
+    def _rank_random_stream(self) -> Iterator[None]:
+        """Dropout within a step: another stream on each rank, from the common one, which goes on in step."""
+        if self.world_size == 1 or not self._split_batches:
+            yield
+            return
+        seed = int(torch.empty((), dtype=torch.int64).random_()) ^ self.rank
+        modules: list[Any] = [torch.random]
+        if self.device.type != "cpu":
+            modules.append(torch.get_device_module(self.device))
+        states = [module.get_rng_state() for module in modules]
+        torch.default_generator.manual_seed(seed)
+        for module in modules[1:]:
+            module.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for module, state in zip(modules, states, strict=True):
+                module.set_rng_state(state)
+
+    def _global_batchnorm(self, is_ghost: bool) -> contextlib.AbstractContextManager[None]:
+        return self._batchnorm.active(is_ghost) if self._batchnorm else contextlib.nullcontext()
+
+    def _agree(self, has_batch: bool, has_any: bool) -> bool:
+        """Whether any rank has a batch. Collective."""
+        rows = self._gather(bytes([has_batch, has_any]))
+        if any(row[0] for row in rows):
+            for rank, row in enumerate(rows):
+                if not row[1]:
+                    raise ValueError(
+                        f"the loader of rank {rank} is empty, so it has nothing to take part with. Give every rank at "
+                        f"least one batch."
+                    )
+        return any(row[0] for row in rows)
+
+    def _gather(self, message: bytes) -> list[bytes]:
+        device = message_device(self._group)
+        own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device)
+        gathered = torch.empty(self.world_size * len(message), dtype=torch.uint8, device=device)
+        self._group._allgather_base(gathered, own).wait()
+        data = gathered.cpu().numpy().tobytes()
+        return [data[start : start + len(message)] for start in range(0, len(data), len(message))]
+
+    def _versions(self) -> list[tuple[int, int]]:
+        return [(id(module._buffers[name]), module._buffers[name]._version) for module, name in self._buffers]
+
+    def _share_buffers(self, source: int) -> None:
+        buffers = [module._buffers[name].detach() for module, name in self._buffers]
+        flat = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers])
+        self._broadcast(flat, source)
+        pieces = flat.split([buffer.numel() * buffer.element_size() for buffer in buffers])
+        for buffer, piece in zip(buffers, pieces, strict=True):
+            buffer.copy_(piece.clone().view(buffer.dtype).view(buffer.shape))
+        self._buffer_versions = self._versions()
+
+    def _broadcast(self, tensor: Tensor, source: int) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = source
+        self._group.broadcast([tensor], options).wait()
+
+
+def _model_difference(rank: int, first: list[Any], other: list[Any]) -> str:
+    def describe(name: str, shape: list[int], dtype: str, requires_grad: bool) -> str:
+        return f"{name} {shape} {dtype.removeprefix('torch.')}{'' if requires_grad else ' without gradient'}"
+
+    remedy = "Build the model the same way on every rank."
+    for ours, theirs in zip(first, other, strict=False):
+        if ours != theirs:
+            return f"models differ: rank 0 has {describe(*ours)}, rank {rank} has {describe(*theirs)}. {remedy}"
+    longer, extra = (0, first[len(other)]) if len(first) > len(other) else (rank, other[len(first)])
+    return (
+        f"models differ: rank 0 has {len(first)} parameters and buffers, rank {rank} has {len(other)}; only rank "
+        f"{longer} has {describe(*extra)}. {remedy}"
+    )
