@@ -16,6 +16,7 @@
 #include "collectives/errors.hpp"
 #include "kernels/reduce.hpp"
 #include "mpi/library.hpp"
+#include "mpi/mailbox.hpp"
 #include "runtime/engine.hpp"
 #include "runtime/watchdog.hpp"
 
@@ -188,6 +189,27 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
         return released(self, [](Engine& e, Group& g) { return e.barrier(g); });
       });
 
+  nb::class_<mpi::Mailbox>(m, "Mailbox")
+      .def_prop_ro("rank", &mpi::Mailbox::rank)
+      .def_prop_ro("size", &mpi::Mailbox::size)
+      .def(
+          "post",
+          [](mpi::Mailbox& self, const nb::bytes& message, int destination) {
+            const std::span bytes(static_cast<const std::byte*>(message.data()), message.size());
+            self.post(bytes, destination);
+          },
+          nb::arg("message"), nb::arg("destination"))
+      .def("is_flushed", &mpi::Mailbox::is_flushed, nb::call_guard<nb::gil_scoped_release>())
+      .def("collect", [](mpi::Mailbox& self) -> std::optional<nb::bytes> {
+        std::optional<std::vector<std::byte>> message;
+        {
+          const nb::gil_scoped_release release;
+          message = self.collect();
+        }
+        if (!message) return std::nullopt;
+        return nb::bytes(message->data(), message->size());
+      });
+
   nb::class_<Engine>(m, "Engine")
       .def(
           "__init__",
@@ -209,6 +231,8 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
             return EngineGroup{self, self->create_group(ranks)};
           },
           nb::arg("ranks"), "Collective over the ranks named, blocks.")
+      .def("create_mailbox", &Engine::create_mailbox, nb::call_guard<nb::gil_scoped_release>(),
+           "Collective over all ranks, blocks.")
       .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>());
 
   m.def("library_version", &mpi::library_version);

@@ -45,6 +45,12 @@ Communicator Communicator::duplicate(std::uintptr_t address) {
   return Communicator(copy);
 }
 
+Communicator Communicator::duplicate() const {
+  MPI_Comm copy = MPI_COMM_NULL;
+  check(MPI_Comm_dup(handle_, &copy), "MPI_Comm_dup");
+  return Communicator(copy);
+}
+
 Communicator Communicator::create_group(std::span<const int> ranks, int tag) const {
   MPI_Group all = MPI_GROUP_NULL;
   MPI_Group members = MPI_GROUP_NULL;
@@ -74,6 +80,19 @@ Transfer Communicator::receive(std::span<std::byte> bytes, int source, int tag) 
   MPI_Request request = MPI_REQUEST_NULL;
   check(MPI_Irecv(bytes.data(), checked_count(bytes.size()), MPI_BYTE, source, tag, handle_, &request), "MPI_Irecv");
   return Transfer(request);
+}
+
+std::optional<std::vector<std::byte>> Communicator::receive_any(int tag) const {
+  int has_come = 0;
+  MPI_Message message = MPI_MESSAGE_NULL;
+  MPI_Status status;
+  check(MPI_Improbe(MPI_ANY_SOURCE, tag, handle_, &has_come, &message, &status), "MPI_Improbe");
+  if (has_come == 0) return std::nullopt;
+  int num_bytes = 0;
+  check(MPI_Get_count(&status, MPI_BYTE, &num_bytes), "MPI_Get_count");
+  std::vector<std::byte> bytes(static_cast<std::size_t>(num_bytes));
+  check(MPI_Mrecv(bytes.data(), num_bytes, MPI_BYTE, &message, MPI_STATUS_IGNORE), "MPI_Mrecv");
+  return bytes;
 }
 
 Transfer Communicator::broadcast(std::span<std::byte> bytes, int root) const {

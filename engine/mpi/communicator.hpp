@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -37,6 +38,9 @@ class Communicator {
   // Collective. Duplicates the communicator whose MPI_Comm lies at `address`, or the world for 0.
   static Communicator duplicate(std::uintptr_t address);
 
+  // Collective.
+  Communicator duplicate() const;
+
   // Collective over `ranks` (ranks of this communicator, in the order of the new one) only.
   Communicator create_group(std::span<const int> ranks, int tag) const;
 
@@ -48,6 +52,8 @@ class Communicator {
 
   Transfer send(std::span<const std::byte> bytes, int destination, int tag) const;
   Transfer receive(std::span<std::byte> bytes, int source, int tag) const;
+  // A message of any rank that has come already; none otherwise. Blocks only while its bytes arrive.
+  std::optional<std::vector<std::byte>> receive_any(int tag) const;
   Transfer broadcast(std::span<std::byte> bytes, int root) const;
   Transfer gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const;
   Transfer barrier() const;

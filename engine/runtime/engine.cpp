@@ -116,6 +116,11 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
   return group;
 }
 
+std::shared_ptr<mpi::Mailbox> Engine::create_mailbox() {
+  drain();
+  return std::make_shared<mpi::Mailbox>(world_.duplicate());
+}
+
 std::shared_ptr<const Allocation> Engine::allocate(Group& group, std::size_t num_bytes) {
   drain();
   const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));

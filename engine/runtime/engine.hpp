@@ -18,6 +18,7 @@
 
 #include "collectives/group.hpp"
 #include "memory/node.hpp"
+#include "mpi/mailbox.hpp"
 
 namespace dtrain {
 
@@ -41,6 +42,9 @@ class Engine {
 
   // Collective over `ranks`, in the order of the new group; blocks.
   std::shared_ptr<Group> create_group(std::span<const int> ranks);
+
+  // Collective over all ranks; blocks.
+  std::shared_ptr<mpi::Mailbox> create_mailbox();
 
   // Collective over `group`; blocks. Memory in which its collectives need no copies: each rank gets `num_bytes`, zeroed
   // and page-aligned. It is unmapped when the result and release() have let it go.

@@ -2,6 +2,7 @@
 """Trains a PyTorch model on many GPUs, cores and machines over MPI, with the answer of one process."""
 
 from .errors import DistributedTrainerError, LaunchError, MismatchError, MPINotFoundError
+from .job import register
 from .trainer import DistributedTrainer, create_distributed_trainer
 
 __all__ = [
@@ -12,3 +13,6 @@ __all__ = [
     "MismatchError",
     "create_distributed_trainer",
 ]
+
+register()
+del register

@@ -59,27 +59,42 @@ class ProcessGroupShmpi(dist.ProcessGroup):
     others by way of a contiguous host copy (pinned, for an accelerator's), written back in `Work.wait`.
     Reductions take float32, float64, bfloat16, float16, int32, int64, uint8 and bool, the rest any dtype.
 
+    Tensors of the device type `inner_device` go to a process group of torch, NCCL for CUDA, made when the first one
+    comes. (A process group that is a Python class replaces torch's whole group, so it must serve all devices itself.)
+
     Args:
         group: The engine's group.
         operations: The engine's `ReduceOp`.
+        inner_device: Type of device, None for no inner group.
+        make_inner: Makes the inner group. Collective.
         always_stage: Copy tensors even where they could be used in place. For tests of that path.
     """
 
-    def __init__(self, group: Any, operations: Any, always_stage: bool = False) -> None:
+    def __init__(
+        self,
+        group: Any,
+        operations: Any,
+        inner_device: str | None = None,
+        make_inner: Callable[[], Any] | None = None,
+        always_stage: bool = False,
+    ) -> None:
         super().__init__(group.rank, group.size)
         self._group = group
         self._operations = operations
+        self._inner_device = inner_device
+        self._make_inner = make_inner
+        self._inner: Any = None
         self._always_stage = always_stage
         self._in_flight: deque[tuple[Any, tuple[Tensor, ...]]] = deque()
         self._name = ""
 
-    def getBackendName(self) -> str:  # noqa: N802, D102 (torch's name)
+    def getBackendName(self) -> str:  # noqa: D102
         return "shmpi"
 
-    def getGroupName(self) -> str:  # noqa: N802, D102
+    def getGroupName(self) -> str:  # noqa: D102
         return self._name
 
-    def setGroupName(self, name: str) -> None:  # noqa: N802, D102
+    def setGroupName(self, name: str) -> None:  # noqa: D102
         self._name = name
 
     def allocate(self, num_bytes: int) -> Tensor:
@@ -102,6 +117,8 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         16-bit types are summed in float32 in the order of the ranks of a node, and of the nodes.
         """
         (tensor,) = tensors
+        if inner := self._inner_for(tensor):
+            return inner.allreduce([tensor], opts or dist.AllreduceOptions())
         buffer = self._host_buffer(tensor)
         operation = self._group.all_reduce(buffer, self._reduce_op(opts))
         return self._start(operation, (buffer,), self._copy_back(tensor, buffer))
@@ -109,6 +126,8 @@ class ProcessGroupShmpi(dist.ProcessGroup):
     def broadcast(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
         """Copies the tensor of rank `opts.rootRank` to every rank. Collective."""
         (tensor,) = tensors
+        if inner := self._inner_for(tensor):
+            return inner.broadcast([tensor], opts or dist.BroadcastOptions())
         root = 0 if opts is None else opts if isinstance(opts, int) else opts.rootRank
         buffer = self._host_buffer(tensor)
         operation = self._group.broadcast(_as_bytes(buffer), root)
@@ -116,15 +135,21 @@ class ProcessGroupShmpi(dist.ProcessGroup):
 
     def _allgather_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
         """Fills `output` with the `input` of all ranks, in their order. Collective; inputs have one shape."""
+        if inner := self._inner_for(input):
+            return inner._allgather_base(output, input, opts or dist.AllgatherOptions())
         source, target = self._host_buffer(input), self._host_buffer(output)
         operation = self._group.all_gather(_as_bytes(source), _as_bytes(target))
         return self._start(operation, (source, target), self._copy_back(output, target))
+
+    all_gather_single = _allgather_base  # its name from torch 2.13 on
 
     def allgather(
         self, output_tensors: Sequence[Sequence[Tensor]], input_tensors: Sequence[Tensor], opts: Any = None
     ) -> Work:
         """Like `_allgather_base`, into a list of one tensor for each rank. Collective."""
         (outputs,), (input,) = output_tensors, input_tensors
+        if inner := self._inner_for(input):
+            return inner.allgather([outputs], [input], opts or dist.AllgatherOptions())
         gathered = torch.empty((len(outputs), *input.shape), dtype=input.dtype)
         source = self._host_buffer(input)
 
@@ -137,9 +162,13 @@ class ProcessGroupShmpi(dist.ProcessGroup):
 
     def _reduce_scatter_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
         """Leaves in `output` of rank r the reduction of everybody's part r of `input`. Collective."""
+        if inner := self._inner_for(input):
+            return inner._reduce_scatter_base(output, input, opts or dist.ReduceScatterOptions())
         source, target = self._host_buffer(input), self._host_buffer(output)
         operation = self._group.reduce_scatter(source, target, self._reduce_op(opts))
         return self._start(operation, (source, target), self._copy_back(output, target))
+
+    reduce_scatter_single = _reduce_scatter_base
 
     def barrier(self, opts: Any = None) -> Work:
         """Completes once every rank has called it. Collective."""
@@ -151,6 +180,13 @@ class ProcessGroupShmpi(dist.ProcessGroup):
             self._in_flight.popleft()
         self._in_flight.append((operation, buffers))
         return Work(operation, finish)
+
+    def _inner_for(self, tensor: Tensor) -> Any:
+        if tensor.device.type != self._inner_device:
+            return None
+        if self._inner is None:
+            self._inner = self._make_inner()
+        return self._inner
 
     def _host_buffer(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """BatchNorm with the statistics of the global batch, on any device.
 
-One process normalises a batch by the mean and variance of all its samples, so ranks that each normalise their own
-part compute another function. Here every training-mode call of `torch.nn.functional.batch_norm` by a BatchNorm module
-of the model takes the statistics of all ranks, and its backward the two sums over all ranks that they bring in.
+One process normalises a batch by the mean and variance of all its samples, so ranks that each normalise their
+own part compute another function. Here every training-mode call of `torch.nn.functional.batch_norm` by a
+BatchNorm module of the model takes the statistics of all ranks, and its backward the sums over all ranks.
 
 Nomenclature, per channel: x the input, n_r the values on rank r (samples times positions), n = sum_r n_r,
-f_r = n_r / n, xhat = (x - mean) / sqrt(var + eps), dy the gradient of the output.
+f_r = n_r / n, xhat = (x - mean) / sqrt(var + eps), w the weight, dy the gradient of the output.
 
-    forward    mean = sum_r f_r mean_r                                      one all_gather of (mean_r, var_r, n_r)
-               var  = sum_r f_r (var_r + (mean_r - mean)^2)                 Chan, Golub, LeVeque 1979, for any R
-    backward   dx   = w / sqrt(var + eps) * (dy - sum(dy) / n - xhat * sum(dy * xhat) / n)
-                                                                            one all_gather of both sums
-    weight, bias: this rank's sums; the trainer adds gradients over the ranks.
+    forward, one all_gather of (mean_r, var_r, n_r):
+        mean = sum_r f_r mean_r
+        var  = sum_r f_r (var_r + (mean_r - mean)^2)        Chan, Golub, LeVeque 1979, for any number of parts
+    backward, one all_gather of each rank's sums of dy and of dy xhat:
+        dx   = w / sqrt(var + eps) (dy - sum(dy) / n - xhat sum(dy xhat) / n)
+    The gradients of weight and bias are this rank's sums: the trainer adds gradients over the ranks.
 
-Invariant: each rank computes the same bits from the same gathered numbers, so running statistics agree without a
-broadcast. A rank that has no samples (a *ghost*, see the design) gathers zeros in place of its own numbers.
+Invariant: each rank computes the same bits from the same gathered numbers, so running statistics agree
+without a broadcast. A rank that has no samples (a *ghost*: it runs a stand-in) gathers zeros.
 """
 
 from __future__ import annotations
@@ -37,61 +38,64 @@ logger = logging.getLogger("distributed_trainer")
 class GlobalBatchNorm:
     """Gives the BatchNorm modules of a model the statistics of the global batch, inside `active()` only.
 
-    For that time each module's class is a subclass of its own, so outside of it the model is the user's, bit for bit:
-    state_dict, pickle, deepcopy, evaluation. A compiled model notices as well, since torch.compile guards on the
-    classes of modules; it breaks its graph at each BatchNorm. Functional calls outside of a BatchNorm module are not
-    seen, and a subclass whose forward does not go through `torch.nn.functional.batch_norm` is left alone and named
-    once in a warning.
+    For that time each module's class is a subclass of its own class, so outside the model is the user's own:
+    state_dict, pickle, deepcopy, evaluation. A compiled model is correct as well, since torch.compile guards
+    on the classes of modules, but pays: its graph breaks at each BatchNorm, and what stands in one
+    nn.Sequential with a BatchNorm runs eagerly.
+
+    Not seen: calls of F.batch_norm outside of BatchNorm modules. A module whose forward does not call it
+    while training is left alone, and named once in a warning by rank 0.
 
     Args:
         model: its modules are looked up now; BatchNorms added later stay local.
-        process_group: used through `rank`, `size` and `_allgather_base` only. Its collectives are issued in the order
-            of the model's forward and backward, which is the same on every rank only among themselves: a group that
-            carries gradient buckets as well needs an order of its own between the two.
+        process_group: used through `rank`, `size` and `_allgather_base` only. Ranks issue its collectives in
+            the order of forward and of backward, from whatever thread runs these. Where gradient buckets go
+            through the same group, their order relative to these must be the same on all ranks too.
     """
 
     def __init__(self, model: nn.Module, process_group: Any) -> None:
         self._mode = _GlobalStatistics(process_group)
         self._classes: dict[type, type] = {}
-        self._swaps: list[tuple[nn.Module, type, type]] = []
-        self._names = {}
+        self._modules: list[nn.Module] = []
+        self._names: dict[nn.Module, str] = {}  # of modules not yet warned about
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 self._names[module] = name
-                self._swaps.append((module, type(module), self._global_class(type(module))))
+                self._modules.append(module)
             elif isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name:
                 self._warn(name, "is a scripted module")
 
     def __len__(self) -> int:
         """Return the number of BatchNorm modules found."""
-        return len(self._swaps)
+        return len(self._modules)
 
     @contextmanager
     def active(self, ghost: bool = False) -> Iterator[None]:
-        """Use global statistics until the end of the block. Every rank enters it, around forward and backward.
+        """Use global statistics until the end of the block. Every rank holds it around forward and backward.
 
-        Backward belongs inside because activation checkpointing runs forward again there.
+        Backward belongs inside because activation checkpointing runs forward again there. Each rank must call
+        the same modules in the same order, and go backward through the same ones.
 
         Args:
-            ghost: this rank's input is a stand-in for an empty part: it takes part in every collective, counts for
-                nothing, and the gradients it computes are meaningless.
+            ghost: this rank's input stands in for an empty part: it takes part in every collective and counts
+                for nothing. The gradients it computes are meaningless.
 
         Raises:
-            ValueError: (from the model) the global batch has one value per channel, in torch's words, on all ranks.
+            ValueError: from the model, if the global batch has one value per channel; the same on all ranks.
         """
         self._mode.ghost = ghost
+        own_classes = [type(module) for module in self._modules]
         try:
-            for module, _, global_class in self._swaps:
-                object.__setattr__(module, "__class__", global_class)  # nn.Module's own takes ten times as long
+            for module, own in zip(self._modules, own_classes, strict=True):
+                # Past nn.Module's __setattr__, which takes ten times as long.
+                object.__setattr__(module, "__class__", self._classes.get(own) or self._global_class(own))
             yield
         finally:
-            for module, own_class, _ in self._swaps:
-                object.__setattr__(module, "__class__", own_class)
+            for module, own in zip(self._modules, own_classes, strict=True):
+                object.__setattr__(module, "__class__", own)
 
     def _global_class(self, own: type) -> type:
-        """Make the subclass of `own` whose forward takes global statistics; one per class of the model."""
-        if own in self._classes:
-            return self._classes[own]
+        """Make the subclass of `own` whose forward takes global statistics."""
         # SyncBatchNorm's own forward refuses the CPU and does not know ghosts.
         own_forward = nn.BatchNorm1d.forward if own.forward is nn.SyncBatchNorm.forward else own.forward
 
@@ -103,18 +107,18 @@ class GlobalBatchNorm:
                 self._warn(self._names.pop(module, None), f"({own.__qualname__}) does not call F.batch_norm")
             return output
 
-        # Dynamo cannot trace collectives on a bare process group. (The decorator imports it; so does any optimizer.)
+        # Dynamo cannot trace a bare process group. (The decorator imports it; but so does every optimizer.)
         members = {"forward": torch.compiler.disable(forward), "__module__": own.__module__}
         self._classes[own] = type(own.__name__, (own,), members)
         return self._classes[own]
 
     def _warn(self, name: str | None, reason: str) -> None:
         if name is not None and self._mode.group.rank() == 0:
-            logger.warning("BatchNorm module %r %s: it keeps the statistics of each rank's part.", name, reason)
+            logger.warning("BatchNorm module %r %s: its statistics are those of each rank's part.", name, reason)
 
 
 class _GlobalStatistics(TorchFunctionMode):
-    """Replaces training-mode F.batch_norm while it is entered, in this thread: within one module's forward."""
+    """Replaces training-mode F.batch_norm while entered, in this thread: during one module's forward."""
 
     def __init__(self, process_group: Any) -> None:
         super().__init__()
@@ -140,13 +144,11 @@ class _GlobalStatistics(TorchFunctionMode):
         self.calls += 1
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        return _BatchNorm.apply(
-            input, weight, bias, running_mean, running_var, momentum, eps, self.group, self.ghost
-        )
+        return _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps, self.group, self.ghost)
 
 
 class _BatchNorm(torch.autograd.Function):
-    """The formulas at the head of this file. Collective in forward, and in backward if the input needs a gradient."""
+    """The formulas at the head of this file. Collective; in backward only if the input needs a gradient."""
 
     @staticmethod
     def forward(
@@ -166,9 +168,7 @@ class _BatchNorm(torch.autograd.Function):
         total = counts.sum(0)
         # A rank that has two values knows the answer: reading a device's tensor would wait for the device.
         if count < 2 and total[0] == 1:
-            raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {input.size()}"
-            )
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
         fractions = counts.div_(total)
         mean = (fractions * means).sum(0)
         offsets = means.sub_(mean)
@@ -184,19 +184,31 @@ class _BatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, var, total = ctx.saved_tensors
-        scale = _cast(weight, mean)
+        scale = torch.ones_like(mean) if weight is None else _cast(weight, mean)
+        inverse_std = (var + ctx.eps).rsqrt_()
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # With training=False this is dx for constant statistics, and both sums, in one pass over the tensors.
-        grad_input, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
-            grad_output, input, scale, mean, var, None, None, False, ctx.eps, [need_input, True, True]
-        )
+        if input.numel():
+            # train=False gives dx for constant statistics, and both sums. (Kernels for the CPU read mean and
+            # var, those for CUDA in channels-last the pair after them.)
+            grad_input, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
+                grad_output,
+                input,
+                scale,
+                mean,
+                var,
+                mean,
+                inverse_std,
+                False,
+                ctx.eps,
+                [need_input, True, True],
+            )
+        else:  # that call would divide by zero and end the process
+            grad_input, sum_dy_xhat, sum_dy = torch.zeros_like(input), mean * 0, mean * 0
         if need_input:
             sums = torch.stack((sum_dy, sum_dy_xhat))
             sums = _all_gather(ctx.group, torch.zeros_like(sums) if ctx.ghost else sums).sum(0)
-            # xhat = (x - mean) * inverse_std, so what is missing from dx is slope * (mean - x) - offset.
-            inverse_std = (var + ctx.eps).rsqrt_()
-            factor = inverse_std if scale is None else inverse_std * scale
-            mean_dy, mean_dy_xhat = sums.mul_(factor / total).unbind()
+            # xhat = (x - mean) * inverse_std, so what is missing from dx is -slope * x - offset.
+            mean_dy, mean_dy_xhat = sums.mul_(scale.mul(inverse_std).div_(total)).unbind()
             slope = mean_dy_xhat.mul_(inverse_std)
             offset = mean_dy.addcmul_(slope, mean, value=-1)
             channels = (1, -1) + (1,) * (input.dim() - 2)
@@ -207,12 +219,12 @@ class _BatchNorm(torch.autograd.Function):
 
 
 def _local_statistics(input: Tensor, count: int) -> Tensor:
-    """Return mean, biased variance and count as rows of one value per channel, in float32 for 16-bit inputs."""
+    """Return mean, biased variance and count as rows over the channels; in float32 for 16-bit inputs."""
     dtype = torch.promote_types(input.dtype, torch.float32)
     if count == 0:
         return input.new_zeros(3, input.size(1), dtype=dtype)
-    # The kernel behind F.batch_norm: here four times as fast as torch.var_mean. It answers in the dtype of the running
-    # statistics, if given; momentum 0 leaves them as they are.
+    # The kernel behind F.batch_norm: here four times as fast as torch.var_mean. It answers in the dtype of
+    # the running statistics, if given; momentum 0 leaves them as they are.
     running = None if dtype == input.dtype else input.new_zeros(input.size(1), dtype=dtype)
     mean, var = torch.batch_norm_update_stats(input, running, running, 0.0)
     return torch.stack((mean, var, torch.full_like(mean, count)))

@@ -8,8 +8,9 @@ With w_r the weight of rank r's part and W the weight of the whole batch (the su
 and the ranks add up their gradients. Scaling comes before backward, so 16-bit gradients never hold the sum.
 Nothing here communicates.
 
-Three definitions of a mean cover torch (torch/nn/functional.py and ATen's Loss*.cpp): over the class weights of the
-targets that are not ignored, over elements, over samples. Anything else callable is taken for a mean over samples.
+Three definitions of a mean cover torch (torch/nn/functional.py and ATen's Loss*.cpp): over the class weights
+of the targets that are not ignored, over elements, over samples. Anything else callable is taken for a mean
+over samples.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 
 _CLASS_WEIGHTS, _ELEMENTS, _SAMPLES = "class weights", "elements", "samples"
 
-# By the function that computes the loss, so that a subclass with a forward of its own is not taken for its parent.
+# By the function that computes the loss, so that a subclass with a forward of its own is not taken for its
+# parent.
 _MEANS: dict[Any, str] = {
     **dict.fromkeys(
         (
@@ -80,8 +82,8 @@ _MEANS: dict[Any, str] = {
         _SAMPLES,
     ),
 }
-# Arguments of a functools.partial that change what its mean is over: the deprecated forms of `reduction`, and the
-# weight by which these two divide.
+# Arguments of a functools.partial that change what its mean is over: the deprecated forms of `reduction`, and
+# the weight by which these two divide.
 _LEGACY = {"size_average", "reduce"}
 _DIVIDE_BY_WEIGHT = {F.l1_loss, F.mse_loss}
 
@@ -116,21 +118,24 @@ def local_loss(criterion: Callable[..., Any], outputs: Any, targets: Any, weight
         total: the weight of the whole batch.
 
     Raises:
-        ValueError: the criterion would compare samples with each other, so that no split gives its mean.
+        ValueError: the criterion would mix samples with each other, so that no split gives its value.
     """
-    # With every target of the whole batch ignored both are 0, and each rank's NaN is the answer of one process.
-    if weight == total or _reduction(criterion) == "sum":
+    is_sum = _reduction(criterion) == "sum"
+    # With every target of the whole batch ignored both are 0, and each rank's NaN is one process's answer.
+    if weight == total and not is_sum:
         return criterion(outputs, targets)
     _refuse_mixing(criterion, outputs, targets)
+    if is_sum:
+        return criterion(outputs, targets)
     if weight == 0 and is_known(criterion):
-        # A mean over nothing is NaN, and 0 times NaN as well. The sum is an exact 0 with the same graph, and right
-        # for label smoothing, where a target of class weight 0 still has a loss.
+        # A mean over nothing is NaN, and 0 times NaN as well. The sum is an exact 0 with the same graph, and
+        # right for label smoothing, where a target of class weight 0 still has a loss.
         return _with_options(criterion, reduction="sum")(outputs, targets) / total
     return criterion(outputs, targets) * (weight / total)
 
 
 def split_criterion(criterion: Callable[..., Any], targets: Any, start: int, stop: int) -> Callable[..., Any]:
-    """Return the criterion for samples start to stop of a batch: the same one, unless it has a weight per sample.
+    """Return the criterion for samples start to stop of a batch: itself, unless it has a weight per sample.
 
     nn.BCELoss and nn.BCEWithLogitsLoss take a `weight` (and the latter a `pos_weight`) of the targets' shape.
 
@@ -186,8 +191,8 @@ def _reduction(criterion: Any) -> str:
     reduction = str(_option(criterion, "reduction", "mean"))
     if reduction == "none":
         raise ValueError(
-            f'{criterion_name(criterion)} has reduction="none", but a step needs one loss: use reduction="mean" or '
-            'reduction="sum".'
+            f'{criterion_name(criterion)} has reduction="none", but a step needs one loss: use '
+            'reduction="mean" or reduction="sum".'
         )
     return reduction
 
@@ -234,7 +239,7 @@ def _refuse_mixing(criterion: Any, outputs: Any, targets: Any) -> None:
     # Without the first dimension, the message is the same on every rank.
     shapes = [", ".join(["batch", *map(str, tensor.shape[1:])]) for tensor in (outputs, targets)]
     raise ValueError(
-        f"{criterion_name(criterion)} got outputs of shape [{shapes[0]}] and targets of shape [{shapes[1]}]: it would "
-        f"{what}, so its mean cannot be had from parts of the batch. Give both a shape that starts with the batch and "
-        "continues as the criterion expects."
+        f"{criterion_name(criterion)} got outputs of shape [{shapes[0]}] and targets of shape [{shapes[1]}]: it "
+        f"would {what}, so its value cannot be had from parts of the batch. Give outputs and targets the shapes "
+        "that the criterion expects of a batch."
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches: nested tuples, lists and mappings of tensors whose first dimension counts the samples.
 
-Cutting a batch into the ranks' parts, moving it, calling a model with it, and a fingerprint by which ranks find out
-that they were not given the same batch. Nothing here communicates.
+Cutting a batch into the ranks' parts, moving it, calling a model with it, and a fingerprint by which ranks
+find out that they were not given the same batch. Nothing here communicates.
 
 Functions that name tensors in messages take `roots`: the batch's trees by name, such as
 `{"inputs": inputs, "targets": targets}`. A tensor's path then reads `inputs["ids"]`, `inputs[0]`, `targets`.
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# A fingerprint: checksum of the structure, checksum of integer contents, the structure's text, sampled values.
+# A fingerprint: checksum of the structure, checksum of integer contents, text of the structure, sampled values.
 _TEXT_BYTES = 216
 _NUM_VALUES = 36
 _HEADER = struct.Struct(f"<II{_TEXT_BYTES}s")
@@ -32,8 +32,8 @@ _TOLERANCE = 1e-3  # of floats, relative to the largest sampled value of the ten
 _SMALLEST_MAGNITUDE = 1e-3  # below it differences count as if values were this large
 
 _REMEDY = (
-    "Every rank must pass the same global batch: seed the loader alike on all ranks. If each rank loads its own part "
-    "of the data, use split_batches=False or trainer.batches(loader)."
+    "Every rank must pass the same global batch: seed the loader alike on all ranks. If each rank loads its own "
+    "part of the data, use split_batches=False or trainer.batches(loader)."
 )
 
 
@@ -41,7 +41,7 @@ def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Yield (path, leaf) of every tensor and every other value in a nested structure.
 
     Raises:
-        TypeError: a leaf holds numbers that we cannot cut: a NumPy array, or an object with a `to` of its own.
+        TypeError: a leaf holds numbers that we cannot cut: a NumPy array, or an object with its own `to`.
     """
     if isinstance(tree, Tensor):
         yield path, tree
@@ -56,8 +56,8 @@ def leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{path}[{index}]")
     elif hasattr(tree, "shape") or hasattr(tree, "to"):
         raise TypeError(
-            f"{path} is a {type(tree).__name__}, which cannot be cut into parts: pass tensors, or tuples, lists or "
-            "dicts of tensors (torch.as_tensor turns an array into one)."
+            f"{path} is a {type(tree).__name__}, which cannot be cut into parts: pass tensors, or tuples, lists "
+            "or dicts of tensors (torch.as_tensor turns an array into one)."
         )
     else:
         yield path, tree
@@ -77,14 +77,14 @@ def batch_size(roots: Mapping[str, Any]) -> int:
     for path, tensor in tensors:
         if tensor.dim() == 0:
             raise ValueError(
-                f"{path} is a 0-dimensional tensor: the first dimension counts the samples. Pass a Python number for "
-                "a value that all samples share, or unsqueeze(0) for a batch of one."
+                f"{path} is a 0-dimensional tensor: the first dimension counts the samples. Pass a Python number "
+                "for a value that all samples share, or unsqueeze(0) for a batch of one."
             )
         sizes.append(tensor.size(0))
     if len(set(sizes)) > 1:
         listed = ", ".join(f"{path}: {size}" for (path, _), size in zip(tensors, sizes, strict=True))
         raise ValueError(
-            f"Tensors of one batch must have the same first dimension, the number of samples, but have {listed}."
+            f"Tensors of a batch must have the same first dimension, the number of samples, but have {listed}."
         )
     return sizes[0]
 
@@ -113,14 +113,14 @@ def zero_sample(batch: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
-    """Return the same structure with its tensors on the device; to an accelerator without waiting for the copy."""
-    # The other direction would hand out host memory that is not written yet.
+    """Return the same structure with its tensors on the device, not waiting for copies to an accelerator."""
+    # Not to wait the other way would hand out host memory before it is written.
     non_blocking = torch.device(device).type != "cpu"
     return _map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking), batch)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call the model: a mapping's items as keywords, a tuple or list as positional arguments, else one argument."""
+    """Call the model with a mapping's items as keywords, a tuple or list as positional arguments, else as is."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):
@@ -131,14 +131,14 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
 def fingerprint(roots: Mapping[str, Any], read_devices: bool = False) -> bytes:
     """Return `FINGERPRINT_BYTES` bytes that tell different batches apart, whatever their structure. Local.
 
-    Covered: paths, shapes and dtypes; numbers, strings and None by their text; all elements of small integer tensors
-    and a sample of large ones by checksum; a few elements of each tensor by value, so that floats can be compared
-    with a tolerance (preprocessing need not give the same last bits on two machines).
+    Covered: paths, shapes and dtypes; numbers, strings and None by their text; all elements of small integer
+    tensors and a sample of large ones by checksum; a few elements of each tensor by value, so that floats can
+    be compared with a tolerance (preprocessing need not give the same last bits on two machines).
 
     Args:
         roots: see the head of this file.
-        read_devices: read tensors that are not on the CPU as well. That waits for everything queued on the device,
-            so do it in the first steps only; loaders that differ do so at once.
+        read_devices: read tensors that are not on the CPU as well. That waits for everything queued on the
+            device, so do it in the first steps only; loaders that differ do so at once.
     """
     items = []
     checksum = 0
@@ -169,7 +169,7 @@ def fingerprint(roots: Mapping[str, Any], read_devices: bool = False) -> bytes:
 def compare_fingerprints(
     fingerprints: Sequence[bytes], roots: Mapping[str, Any], read_devices: bool = False
 ) -> str | None:
-    """Return None if all ranks have the batch of rank 0, else what differs: the same text on every rank. Local.
+    """Return None if all ranks have the batch of rank 0, else what differs. Local; the same text on each rank.
 
     Args:
         fingerprints: of all ranks, in rank order, made with the same `read_devices`.
@@ -243,8 +243,9 @@ def _samples_each(num_tensors: int) -> int:
 def _positions(num_elements: int, num_samples: int) -> np.ndarray:
     """Return which elements of a tensor to read, in flat order.
 
-    Multiples of the golden ratio spread evenly for any number of elements. A stride would meet the same column of
-    every row whenever it shares a factor with the row's length, and the border of an image says little.
+    Multiples of the golden ratio spread evenly for any number of elements. A stride would meet the same
+    column of every row whenever it shares a factor with the row's length, and the border of an image says
+    little.
     """
     if num_elements <= num_samples:
         return np.arange(num_elements)
@@ -262,8 +263,8 @@ def _sample(tensor: Tensor, num_samples: int) -> np.ndarray:
 
 
 _NUMPY_DTYPES = frozenset(
-    (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    + (torch.bool,)
+    getattr(torch, name)
+    for name in "bool uint8 int8 int16 int32 int64 float16 float32 float64".split()  # bfloat16 has none
 )
 
 
@@ -290,7 +291,7 @@ def _index(position: int, shape: torch.Size) -> str:
 
 
 def _is_different(values: np.ndarray, exact: bool) -> np.ndarray:
-    """Compare one tensor's values, a row for each rank, with those of rank 0, its first row. NaN equals NaN."""
+    """Compare values of one tensor, a row for each rank, with the first row, rank 0's. NaN equals NaN."""
     first = values[:1]
     same = (values == first) | (np.isnan(values) & np.isnan(first))
     if exact:

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 _HIDE_GPUS = "or hide the GPUs (CUDA_VISIBLE_DEVICES='') to train on the CPU"
 
 
-def resolve_num_gpus(
-    num_gpus: int | None, local_size: int | None, device_count: int
-) -> tuple[int, str | None]:
+def resolve_num_gpus(num_gpus: int | None, local_size: int | None, device_count: int) -> tuple[int, str | None]:
     """Decides how many ranks this machine has.
 
     A launcher has decided it; without one it is `num_gpus`, which means devices per machine, or 1.
@@ -112,7 +110,7 @@ def pick_device(visible: Sequence[Sequence[str]], local_rank: int, kind: str = "
         first = chosen.index(name)
         if first != rank:
             raise LaunchError(
-                f"Local ranks {first} and {rank} of {host} would both use GPU {name}: {len(chosen)} ranks see "
+                f"Local ranks {first} and {rank} of {host} would both use GPU {name}: its {len(chosen)} see "
                 f"{len(set().union(*visible))} GPU(s) in all. Start one rank per GPU and show each rank all "
                 f"GPUs or its own, {_HIDE_GPUS}."
             )

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .backend import gather_objects, message_device
 from .errors import DistributedTrainerError, MismatchError
 
-# Large enough that a call costs nothing against its transfer, small enough that much is on its way before backward ends.
+# Large enough that a call costs little against its transfer, small enough that most are on their way before the end.
 BUCKET_BYTES = 4 << 20
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
+import itertools
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from . import devices, launch, library
 from .backend import ProcessGroupShmpi, gather_objects
 from .errors import LaunchError
+from .store import MPIStore
 
 logger = logging.getLogger("distributed_trainer")
 
@@ -33,6 +38,7 @@ class Job:
     """Of this rank."""
     summary: str
     """What was found, in one line."""
+    _group_numbers: Iterator[int] = field(default_factory=itertools.count)
 
     @property
     def rank(self) -> int:
@@ -50,9 +56,23 @@ class Job:
         """This process's number on its machine."""
         return self.local_ranks.index(self.rank)
 
-    def create_group(self) -> ProcessGroupShmpi:
-        """Makes a process group of all ranks, with an order of calls of its own. Collective, blocks."""
-        return _create_group(self.engine, self.module)
+    @functools.cached_property
+    def store(self) -> MPIStore:
+        """A store of all ranks. The first access is collective and blocks."""
+        return MPIStore(self.engine.create_mailbox())
+
+    def create_group(self, ranks: Sequence[int] | None = None) -> ProcessGroupShmpi:
+        """Makes a process group with an order of calls of its own. Collective over `ranks` (None: all), blocks.
+
+        CUDA tensors go to NCCL where torch has it. (Written with care, but not run: no GPU was at hand.)
+        """
+        group = self.engine.create_group(list(range(self.engine.size) if ranks is None else ranks))
+        inner_device = "cuda" if self.device.type == "cuda" and dist.is_nccl_available() else None
+        if inner_device is not None:
+            store = dist.PrefixStore(f"inner/{next(self._group_numbers)}/{ranks}", self.store)
+            make_inner = functools.partial(_make_nccl, store, group.rank, group.size)
+            return ProcessGroupShmpi(group, self.module.ReduceOp, inner_device, make_inner)
+        return ProcessGroupShmpi(group, self.module.ReduceOp)
 
 
 _jobs: list[Job] = []  # the first initialised MPI, unless the script did
@@ -106,7 +126,8 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     nodes = engine.node_of_rank
     local_ranks = [rank for rank, node in enumerate(nodes) if node == nodes[engine.rank]]
     local_rank = local_ranks.index(engine.rank)
-    visible = gather_objects(_create_group(engine, module), devices.visible_devices())
+    first_group = ProcessGroupShmpi(engine.create_group(list(range(engine.size))), module.ReduceOp)
+    visible = gather_objects(first_group, devices.visible_devices())
     local_visible = [visible[rank] for rank in local_ranks]
     num_visible = len({name for names in local_visible for name in names})
     _, notice = devices.resolve_num_gpus(num_gpus, len(local_ranks) if launcher else None, num_visible)
@@ -124,8 +145,25 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     return job
 
 
-def _create_group(engine: Any, module: Any) -> ProcessGroupShmpi:
-    return ProcessGroupShmpi(engine.create_group(list(range(engine.size))), module.ReduceOp)
+def _make_nccl(store: dist.Store, rank: int, size: int) -> Any:
+    return dist.ProcessGroupNCCL(store, rank, size, dist.ProcessGroupNCCL.Options())
+
+
+def _create_backend(options: Any, _backend_options: Any) -> ProcessGroupShmpi:
+    """Makes a group for torch.distributed's init_process_group and new_group."""
+    return start(None, None).create_group(options.global_ranks_in_group or None)
+
+
+def _rendezvous(_url: str, **_options: Any) -> Iterator[tuple[dist.Store, int, int]]:
+    """`init_method="mpi://"`: MPI knows rank, size and how to reach the others."""
+    job = start(None, None)
+    yield job.store, job.rank, job.engine.size
+
+
+def register() -> None:
+    """Makes `shmpi` a backend, and `mpi://` an init_method, of torch.distributed. Local; starts nothing."""
+    dist.Backend.register_backend("shmpi", _create_backend, extended_api=True, devices=["cpu", "cuda"])
+    dist.register_rendezvous_handler("mpi", _rendezvous)
 
 
 def _summary(module: Any, nodes: list[int], device: torch.device, threads: str) -> str:
@@ -150,7 +188,7 @@ def _address_of(comm: Any) -> int:
     try:
         from mpi4py import MPI
     except ImportError:
-        MPI = None  # noqa: N806
+        MPI = None
     if MPI is None or not isinstance(comm, MPI.Comm):
         raise TypeError(f"comm must be an mpi4py communicator (mpi4py.MPI.Comm), not {type(comm).__name__}")
     return MPI._addressof(comm)

@@ -7,6 +7,7 @@ is asked, and `check_world_size` compares the two.
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import shlex
@@ -203,7 +204,7 @@ def restart_under_mpirun(num_ranks: int, mpi: MPILibrary) -> NoReturn:
 def _obstacle_to_restart() -> str | None:
     """What cannot be run again about this process, None if it can."""
     script = getattr(sys.modules["__main__"], "__file__", None)
-    if script is None or script.startswith("/dev/") or hasattr(sys, "ps1") or sys.flags.interactive:
+    if script is None or script.startswith(("<stdin>", "/dev/")) or hasattr(sys, "ps1") or sys.flags.interactive:
         return "a notebook, an interactive session, `python -c` or a script from standard input"
     if multiprocessing.parent_process() is not None:
         return "a process of multiprocessing"
@@ -329,6 +330,9 @@ def install_excepthook(abort: Callable[[int], object], rank: int, world_size: in
     def end_job(kind: type, error: BaseException, trace: TracebackType | None) -> None:
         exit_code = 130 if issubclass(kind, KeyboardInterrupt) else 1
         place = f"rank {rank} of {world_size} on {socket.gethostname()}"
+        if isinstance(sys.stderr, io.StringIO):
+            # torch.distributed's hook collects what is printed here and prints it later, but there is no later.
+            sys.stderr = sys.__stderr__
         try:
             # A mistake in the script strikes all ranks at once: the lowest prints it and so ends the others.
             time.sleep(min(0.5 * rank, _HOLD_BACK_SECONDS))

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mpi/mailbox.hpp"
+
+namespace dtrain::mpi {
+namespace {
+
+constexpr int message_tag = 0;
+
+}  // namespace
+
+void Mailbox::post(std::span<const std::byte> message, int destination) {
+  const std::scoped_lock lock(mutex_);
+  Outgoing& outgoing = outgoing_.emplace_back();
+  outgoing.message.assign(message.begin(), message.end());
+  outgoing.transfer = communicator_.send(outgoing.message, destination, message_tag);
+}
+
+bool Mailbox::is_flushed() {
+  const std::scoped_lock lock(mutex_);
+  while (!outgoing_.empty() && outgoing_.front().transfer.test()) outgoing_.pop_front();
+  return outgoing_.empty();
+}
+
+std::optional<std::vector<std::byte>> Mailbox::collect() {
+  const std::scoped_lock lock(mutex_);
+  return communicator_.receive_any(message_tag);
+}
+
+}  // namespace dtrain::mpi

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "mpi/communicator.hpp"
+
+namespace dtrain::mpi {
+
+// Short messages between any two ranks, without a receiver that waits for them. Calls may come from any thread; they
+// move messages on but never block.
+class Mailbox {
+ public:
+  // Takes over `communicator`, on which nothing else may be sent.
+  explicit Mailbox(Communicator communicator) : communicator_(communicator) {}
+
+  int rank() const { return communicator_.rank(); }
+  int size() const { return communicator_.size(); }
+
+  void post(std::span<const std::byte> message, int destination);
+  // Whether everything posted has left this rank.
+  bool is_flushed();
+  // A message that has come, of any rank; messages of one rank come in order.
+  std::optional<std::vector<std::byte>> collect();
+
+ private:
+  struct Outgoing {
+    std::vector<std::byte> message;
+    Transfer transfer;
+  };
+
+  std::mutex mutex_;
+  Communicator communicator_;
+  std::deque<Outgoing> outgoing_;
+};
+
+}  // namespace dtrain::mpi
