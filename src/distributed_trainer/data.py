@@ -188,11 +188,11 @@ def compare_fingerprints(
     num_samples = _samples_each(len(tensors))
     table = np.stack([np.frombuffer(one, np.float64, offset=_HEADER.size) for one in fingerprints])
     different = np.zeros(table.shape, bool)
-    slots: list[str] = []  # the element that each column of the table was read from
+    elements: list[tuple[str, torch.Size, int]] = []  # path, shape and position of what each column was read from
     for path, tensor in tensors:
-        positions = _positions(tensor.numel(), num_samples)[: _NUM_VALUES - len(slots)]
-        columns = slice(len(slots), len(slots) + len(positions))
-        slots += [f"{path}{_index(position, tensor.shape)}" for position in positions]
+        positions = _positions(tensor.numel(), num_samples)[: _NUM_VALUES - len(elements)]
+        columns = slice(len(elements), len(elements) + len(positions))
+        elements += [(path, tensor.shape, position) for position in positions]
         different[:, columns] = _is_different(table[:, columns], exact=_is_exact(tensor))
     wrong = different.any(1)
     ranks = [rank for rank, header in enumerate(headers) if wrong[rank] or header[1] != headers[0][1]]
@@ -202,7 +202,9 @@ def compare_fingerprints(
     if wrong[rank]:
         column = int(different[rank].argmax())
         values = table[[0, rank], column]
-        what = f"{slots[column]} is {values[0]:g} on rank 0 and {values[1]:g} on rank {rank}"
+        path, shape, position = elements[column]
+        index = [int(one) for one in np.unravel_index(position, shape)]
+        what = f"{path}{index} is {values[0]:.9g} on rank 0 and {values[1]:.9g} on rank {rank}"
     else:
         paths = " or ".join(path for path, tensor in tensors if _is_exact(tensor))
         what = f"{paths} has checksum {headers[0][1]:08x} on rank 0 and {headers[rank][1]:08x} on rank {rank}"
@@ -241,15 +243,14 @@ def _samples_each(num_tensors: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _positions(num_elements: int, num_samples: int) -> np.ndarray:
-    """Return which elements of a tensor to read, in flat order.
+    """Return which elements of a tensor to read, by their numbers in order of the dimensions; the same on all ranks.
 
-    Multiples of the golden ratio spread evenly for any number of elements. A stride would meet the same
-    column of every row whenever it shares a factor with the row's length, and the border of an image says
-    little.
+    A regular sequence would not do: where it falls in step with the rows of an image it meets only their borders,
+    which are alike in all images. (RandomState draws the same numbers in every version of NumPy.)
     """
     if num_elements <= num_samples:
         return np.arange(num_elements)
-    return (np.arange(1, num_samples + 1) * 0.6180339887498949 % 1 * num_elements).astype(np.intp)
+    return np.random.RandomState(0).randint(num_elements, size=num_samples)
 
 
 def _sample(tensor: Tensor, num_samples: int) -> np.ndarray:
@@ -284,10 +285,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def _place(tensor: Tensor) -> str:
     kind = tensor.device.type
     return "" if kind == "cpu" else f" on {kind}"
-
-
-def _index(position: int, shape: torch.Size) -> str:
-    return str([int(index) for index in np.unravel_index(position, shape)])
 
 
 def _is_different(values: np.ndarray, exact: bool) -> np.ndarray:

@@ -81,12 +81,14 @@ class GradientSum:
         Args:
             leave_out: This rank's gradients of the step count for nothing, whatever they are.
         """
-        trainable = [state.parameter.requires_grad for state in self._states]
-        if trainable != self._trainable:
-            self._watch(trainable)
         for state in self._states:
             state.parameter.grad = None
             state.has_arrived = False
+        if self._group.size() == 1:
+            return
+        trainable = [state.parameter.requires_grad for state in self._states]
+        if trainable != self._trainable:
+            self._watch(trainable)
         for bucket in self._buckets:
             bucket.num_missing = len(bucket.parameters)
             bucket.work = None
@@ -108,6 +110,8 @@ class GradientSum:
         Raises:
             MismatchError: The ranks' parameters do not fit together. The same on every rank.
         """
+        if self._group.size() == 1:
+            return numbers
         self._is_active = False
         if not self._buckets:
             self._build()
@@ -225,7 +229,7 @@ class GradientSum:
             num_bytes += parameter.numel() * parameter.element_size()
             if num_bytes >= BUCKET_BYTES:
                 yield run
-                open_runs.pop(kind)
+                open_runs.pop(kind, None)
             else:
                 open_runs[kind] = (run, num_bytes)
         for run, _ in open_runs.values():

@@ -231,11 +231,22 @@ def mpirun_environment(num_ranks: int) -> dict[str, str]:
     }
     if os.geteuid() == 0:  # as in most containers; mpirun would refuse
         settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    if not any(Path("/sys/class/infiniband").glob("*")):
-        settings["OMPI_MCA_btl"] = "^ofi"  # it sleeps 1 s in MPI_Init of Open MPI 5, looking for such cards
+    settings |= _network_environment()
     if num_ranks > len(os.sched_getaffinity(0)):
         settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
     return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+def skip_network_search() -> None:
+    """Spares Open MPI, before MPI_Init, the search for network cards that this machine has not."""
+    for name, value in _network_environment().items():
+        os.environ.setdefault(name, value)
+
+
+def _network_environment() -> dict[str, str]:
+    if any(Path("/sys/class").glob("infiniband/*")) or any(Path("/sys/class").glob("cxi/*")):
+        return {}
+    return {"OMPI_MCA_btl": "^ofi"}  # looking for such cards, this part of Open MPI 5 sleeps 1 s
 
 
 def find_mpirun(mpi: MPILibrary) -> str:
@@ -247,9 +258,10 @@ def find_mpirun(mpi: MPILibrary) -> str:
         MPINotFoundError: There is none.
     """
     names = ("mpirun", "mpirun.openmpi" if mpi.family == "openmpi" else "mpiexec.hydra")
-    beside = [Path(path).parent.parent / "bin" for path in (mpi.path, os.path.realpath(mpi.path))]
+    # The library lies in <prefix>/lib or deeper, in Debian behind a link. (mpirun takes no prefix "/".)
+    prefixes = [*Path(mpi.path).parents[:-1], *Path(mpi.path).resolve().parents[:-1], sys.prefix]
     others = []
-    for folder in dict.fromkeys(map(str, [*beside, Path(sys.prefix) / "bin", *os.get_exec_path()])):
+    for folder in dict.fromkeys([*(f"{prefix}/bin" for prefix in prefixes), *os.get_exec_path()]):
         for name in names:
             if mpirun := shutil.which(name, path=folder):
                 if _is_mpirun_of(mpi.family, mpirun):
@@ -283,8 +295,7 @@ def _command_to_type(num_ranks: int | str, mpi: MPILibrary) -> str:
     except MPINotFoundError:  # what is being worded is the more important error
         mpirun = "mpirun"
     name = "mpirun" if shutil.which("mpirun") == mpirun else mpirun
-    script = sys.argv[0] if sys.argv[0].endswith(".py") else "train.py"
-    return shlex.join([name, "-np", str(num_ranks), "python", script])
+    return f"{shlex.quote(name)} -np {num_ranks} python train.py"
 
 
 def find_launcher_process(launcher: Launcher | None) -> int | None:
@@ -298,6 +309,17 @@ def find_launcher_process(launcher: Launcher | None) -> int | None:
             if name.startswith(_LAUNCHER_PROCESSES):
                 return pid
     return None
+
+
+def cpus_of_launcher(launcher: Launcher | None) -> set[int]:
+    """The CPUs that mpirun itself may use on this machine, so that its ranks could, too; empty if unknown.
+
+    Other launchers are daemons of the system and may use all of the machine, their ranks may not.
+    """
+    if launcher is None or not launcher.name.startswith("mpi"):
+        return set()
+    pid = find_launcher_process(launcher)
+    return set() if pid is None else os.sched_getaffinity(pid)
 
 
 def _parents() -> Iterator[tuple[int, str]]:
@@ -342,6 +364,7 @@ def install_excepthook(abort: Callable[[int], object], rank: int, world_size: in
                 print(f"{place} failed:", file=sys.stderr)
                 previous(kind, error, trace)
             _flush()
+            time.sleep(0.1)  # mpirun reads this output and hears of the abort in no fixed order
         finally:
             try:
                 abort(exit_code)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import struct
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -13,13 +12,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import job as jobs
-from .backend import gather_objects, message_device
+from .backend import message_device
 from .batchnorm import GlobalBatchNorm
 from .criterion import criterion_name, is_known, local_loss, local_weight, split_criterion
 from .data import (
@@ -34,6 +32,7 @@ from .data import (
 )
 from .errors import MismatchError
 from .gradients import GradientSum
+from .replicas import SharedBuffers, align_models, align_random_states, rank_random_stream
 
 logger = logging.getLogger("distributed_trainer")
 
@@ -150,21 +149,11 @@ class DistributedTrainer:
         self._last_optimizer: tuple[weakref.ref[torch.optim.Optimizer], set[int], bool] | None = None
         self._warned_new_optimizer = False
 
-        self._check_same_model()
-        for tensor in [*model.parameters(), *model.buffers()]:
-            self._broadcast(tensor.detach(), 0)
-        self._align_random_states()
+        align_models(model, self._group)
+        align_random_states(self._group, alike=split_batches)
         self._gradients = GradientSum(model.named_parameters(), gradient_group)
         self._batchnorm = GlobalBatchNorm(model, self._group) if sync_batchnorm and self.world_size > 1 else None
-        synced = (nn.modules.batchnorm._BatchNorm,) if sync_batchnorm else ()
-        self._buffers = [
-            (module, name)
-            for module in model.modules()
-            if not isinstance(module, synced)
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        self._buffer_versions = self._versions()
+        self._buffers = SharedBuffers(model, self._group, skip_batchnorm=sync_batchnorm)
 
     def train_step(
         self,
@@ -198,7 +187,7 @@ class DistributedTrainer:
         self._check_arguments(criterion, optimizer)
         part = self._part(inputs, targets, criterion)
         self._gradients.start(leave_out=part.is_ghost)
-        with self._rank_random_stream(), self._global_batchnorm(part.is_ghost):
+        with self._random_stream(), self._global_batchnorm(part.is_ghost):
             outputs = call_model(self.model, to_device(part.inputs, self.device))
             targets = to_device(part.targets, self.device)
             if part.is_ghost:
@@ -207,11 +196,11 @@ class DistributedTrainer:
                 loss = local_loss(part.criterion, outputs, targets, part.weight, part.total)
             loss.backward()
         own_loss = 0.0 if part.is_ghost else loss.item()
-        total_loss, has_changed_buffers = self._gradients.finish([own_loss, self._versions() != self._buffer_versions])
+        total_loss, has_changed_buffers = self._gradients.finish([own_loss, self._buffers.have_changed()])
         optimizer.step()
         self._note_optimizer(optimizer)
         if has_changed_buffers:
-            self._share_buffers(part.source)
+            self._buffers.share(part.source)
         return torch.tensor(total_loss, dtype=loss.dtype, device=loss.device)
 
     def split(self, batch: Any) -> Any:
@@ -341,46 +330,11 @@ class DistributedTrainer:
         if difference is not None:
             raise MismatchError(difference)
 
-    def _check_same_model(self) -> None:
-        tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
-        own = [(name, list(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in tensors]
-        gathered = gather_objects(self._group, own)
-        for rank, other in enumerate(gathered):
-            if other != gathered[0]:
-                raise MismatchError(_model_difference(rank, gathered[0], other))
-
-    def _align_random_states(self) -> None:
-        states = (random.getstate(), np.random.get_state(), torch.get_rng_state().numpy())
-        python_state, numpy_state, torch_state = gather_objects(self._group, states)[0]
-        if self._split_batches:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
-            torch.set_rng_state(torch.from_numpy(torch_state))
-        elif self.world_size > 1:  # each rank its own stream, all of them from rank 0's state
-            seed = random.Random(repr((python_state, torch_state.tobytes()))).getrandbits(32) ^ self.rank
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
-
-    @contextlib.contextmanager
-    def _rank_random_stream(self) -> Iterator[None]:
-        """Dropout within a step: another stream on each rank, from the common one, which goes on in step."""
+    def _random_stream(self) -> contextlib.AbstractContextManager[None]:
+        # With parts each rank has streams of its own throughout, and alone it is the process to compare with.
         if self.world_size == 1 or not self._split_batches:
-            yield
-            return
-        seed = int(torch.empty((), dtype=torch.int64).random_()) ^ self.rank
-        modules: list[Any] = [torch.random]
-        if self.device.type != "cpu":
-            modules.append(torch.get_device_module(self.device))
-        states = [module.get_rng_state() for module in modules]
-        torch.default_generator.manual_seed(seed)
-        for module in modules[1:]:
-            module.manual_seed(seed)
-        try:
-            yield
-        finally:
-            for module, state in zip(modules, states, strict=True):
-                module.set_rng_state(state)
+            return contextlib.nullcontext()
+        return rank_random_stream(self.rank, self.device)
 
     def _global_batchnorm(self, is_ghost: bool) -> contextlib.AbstractContextManager[None]:
         return self._batchnorm.active(is_ghost) if self._batchnorm else contextlib.nullcontext()
@@ -404,35 +358,3 @@ class DistributedTrainer:
         self._group._allgather_base(gathered, own).wait()
         data = gathered.cpu().numpy().tobytes()
         return [data[start : start + len(message)] for start in range(0, len(data), len(message))]
-
-    def _versions(self) -> list[tuple[int, int]]:
-        return [(id(module._buffers[name]), module._buffers[name]._version) for module, name in self._buffers]
-
-    def _share_buffers(self, source: int) -> None:
-        buffers = [module._buffers[name].detach() for module, name in self._buffers]
-        flat = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers])
-        self._broadcast(flat, source)
-        pieces = flat.split([buffer.numel() * buffer.element_size() for buffer in buffers])
-        for buffer, piece in zip(buffers, pieces, strict=True):
-            buffer.copy_(piece.clone().view(buffer.dtype).view(buffer.shape))
-        self._buffer_versions = self._versions()
-
-    def _broadcast(self, tensor: Tensor, source: int) -> None:
-        options = dist.BroadcastOptions()
-        options.rootRank = source
-        self._group.broadcast([tensor], options).wait()
-
-
-def _model_difference(rank: int, first: list[Any], other: list[Any]) -> str:
-    def describe(name: str, shape: list[int], dtype: str, requires_grad: bool) -> str:
-        return f"{name} {shape} {dtype.removeprefix('torch.')}{'' if requires_grad else ' without gradient'}"
-
-    remedy = "Build the model the same way on every rank."
-    for ours, theirs in zip(first, other, strict=False):
-        if ours != theirs:
-            return f"models differ: rank 0 has {describe(*ours)}, rank {rank} has {describe(*theirs)}. {remedy}"
-    longer, extra = (0, first[len(other)]) if len(first) > len(other) else (rank, other[len(first)])
-    return (
-        f"models differ: rank 0 has {len(first)} parameters and buffers, rank {rank} has {len(other)}; only rank "
-        f"{longer} has {describe(*extra)}. {remedy}"
-    )
