@@ -326,7 +326,9 @@ class DistributedTrainer:
     def _check_same_batch(self, roots: dict[str, Any]) -> None:
         if self.world_size == 1:
             return
-        difference = compare_fingerprints(self._gather(fingerprint(roots)), roots)
+        # Reading a device waits for it, but the last step has already done so for its loss.
+        gathered = self._gather(fingerprint(roots, read_devices=True))
+        difference = compare_fingerprints(gathered, roots, read_devices=True)
         if difference is not None:
             raise MismatchError(difference)
 
