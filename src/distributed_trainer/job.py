@@ -111,15 +111,17 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     assert mpi is not None
     num_ranks, _ = devices.resolve_num_gpus(num_gpus, launcher and launcher.local_size, 0)
     if launcher is None and comm is None and num_ranks > 1 and not (mpi_was_loaded and _is_initialized()):
-        devices.resolve_num_gpus(num_gpus, None, len(devices.visible_devices()))
+        devices.resolve_num_gpus(num_gpus, None, torch.accelerator.device_count())
         launch.restart_under_mpirun(num_ranks, mpi)
 
+    launch.skip_network_search()
     engine = module.Engine(_address_of(comm), int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0")))
-    launch.check_world_size(launcher, engine.size, mpi)
+    world_rank, world_size = module.world_rank_and_size()
+    launch.check_world_size(launcher, world_size, mpi)
     if not _jobs:
         launch.mark_rank()
         atexit.register(_close_all, os.getpid())
-        launch.install_excepthook(module.abort, engine.rank, engine.size)
+        launch.install_excepthook(module.abort, world_rank, world_size)
         if launcher_process := launch.find_launcher_process(launcher):
             module.end_with_launcher(launcher_process)
 
@@ -131,8 +133,10 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     local_visible = [visible[rank] for rank in local_ranks]
     num_visible = len({name for names in local_visible for name in names})
     _, notice = devices.resolve_num_gpus(num_gpus, len(local_ranks) if launcher else None, num_visible)
-    device = devices.pick_device(local_visible, local_rank)
-    threads = devices.fit_threads([set(engine.cores_of(rank)) for rank in local_ranks], local_rank, os.environ)
+    accelerator = torch.accelerator.current_accelerator()
+    device = devices.pick_device(local_visible, local_rank, accelerator.type if accelerator else "cpu")
+    cores = [set(engine.cores_of(rank)) for rank in local_ranks]
+    threads = devices.fit_threads(cores, local_rank, os.environ, launch.cpus_of_launcher(launcher))
     if threads.number is not None and engine.size > 1:
         torch.set_num_threads(threads.number)
     if engine.rank == 0:

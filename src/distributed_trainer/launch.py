@@ -364,7 +364,7 @@ def install_excepthook(abort: Callable[[int], object], rank: int, world_size: in
                 print(f"{place} failed:", file=sys.stderr)
                 previous(kind, error, trace)
             _flush()
-            time.sleep(0.1)  # mpirun reads this output and hears of the abort in no fixed order
+            time.sleep(0.3)  # mpirun reads this output and hears of the abort in no fixed order
         finally:
             try:
                 abort(exit_code)
