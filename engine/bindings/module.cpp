@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -235,6 +236,7 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
            "Collective over all ranks, blocks.")
       .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>());
 
+  m.def("world_rank_and_size", &mpi::world_rank_and_size, "Of the launch, whatever the engine's communicator.");
   m.def("library_version", &mpi::library_version);
   m.def("kernel_isa", &kernel_isa);
   m.def("abort", &mpi::abort, nb::arg("exit_code"), "Ends all ranks of the job.");

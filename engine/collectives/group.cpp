@@ -93,9 +93,9 @@ void Group::check_calls() const {
 }
 
 void Group::check_all_here() const {
-  const int member = local_.first_left();
+  const int member = local_.first_left(num_finished_);
   if (member < 0 || member == local_.rank()) return;
-  // It may have done its part and left after that; then what is waited for has come by now.
+  // It may have come to where this rank waits, and left after that; then what is waited for has come by now.
   const Operation& head = *queue_.front();
   if (!head.started_ ? local_.all_posted(num_finished_) : head.task_.is_ready()) return;
   throw RankLeft(

@@ -72,6 +72,9 @@ class Group {
   // Whether progress() must be called again and again, since MPI has no way to wake a sleeper.
   bool needs_polling() const { return num_nodes() > 1 && !queue_.empty(); }
 
+  // Whether an operation failed on its way: MPI may still move bytes of it.
+  bool has_abandoned() const { return !abandoned_.empty(); }
+
   // Every operation, now and later, fails with `error`.
   void fail(std::exception_ptr error);
 

@@ -2,6 +2,7 @@
 #include "collectives/local_group.hpp"
 
 #include <algorithm>
+#include <stdexcept>
 #include <utility>
 
 #include "memory/futex.hpp"
@@ -31,9 +32,9 @@ void Doorbell::ring() {
 
 std::size_t LocalGroup::block_bytes() { return sizeof(Header) + 2 * scratch_bytes; }
 
-LocalGroup::LocalGroup(int local_rank, Allocation blocks, std::vector<Doorbell*> doorbells)
+LocalGroup::LocalGroup(int local_rank, std::shared_ptr<const Allocation> blocks, std::vector<Doorbell*> doorbells)
     : local_rank_(local_rank), blocks_(std::move(blocks)), doorbells_(std::move(doorbells)) {
-  for (const Mapping& block : blocks_) headers_.push_back(reinterpret_cast<Header*>(block.bytes().data()));
+  for (const Mapping& block : *blocks_) headers_.push_back(reinterpret_cast<Header*>(block.bytes().data()));
 }
 
 void LocalGroup::ring_others() {
@@ -72,9 +73,13 @@ void LocalGroup::leave() {
   ring_others();
 }
 
-int LocalGroup::first_left() const {
+int LocalGroup::first_left(std::uint64_t sequence) const {
   for (int member = 0; member < size(); ++member) {
-    if (headers_[static_cast<std::size_t>(member)]->has_left.load(std::memory_order_acquire) != 0) return member;
+    const Header& header = *headers_[static_cast<std::size_t>(member)];
+    if (header.has_left.load(std::memory_order_acquire) != 0 &&
+        header.num_completed.load(std::memory_order_acquire) <= sequence) {
+      return member;
+    }
   }
   return -1;
 }
@@ -95,7 +100,7 @@ bool LocalGroup::all_arrived(std::uint64_t target) const {
 
 std::vector<std::byte*> LocalGroup::next_scratch() {
   std::vector<std::byte*> scratch;
-  for (const Mapping& block : blocks_) {
+  for (const Mapping& block : *blocks_) {
     scratch.push_back(block.bytes().data() + sizeof(Header) + half_ * scratch_bytes);
   }
   half_ = 1 - half_;
@@ -124,12 +129,13 @@ void LocalGroup::locate(std::span<const std::byte> buffer, Call& call) const {
 }
 
 std::vector<std::byte*> LocalGroup::shared_buffers(std::uint64_t sequence) const {
+  const std::uint64_t number = call_of(local_rank_, sequence).allocation;
+  const auto entry = std::ranges::find(allocations_, number, &Numbered::number);
+  if (number != 0 && entry == allocations_.end()) throw std::logic_error("memory was released while it was in use");
   std::vector<std::byte*> buffers;
   for (int member = 0; member < size(); ++member) {
     const Call& call = call_of(member, sequence);
-    const auto entry =
-        std::ranges::find_if(allocations_, [&call](const Numbered& e) { return e.number == call.allocation; });
-    if (entry == allocations_.end()) return {};
+    if (number == 0 || call.allocation != number) return {};
     buffers.push_back((*entry->blocks)[static_cast<std::size_t>(member)].bytes().data() + call.offset_bytes);
   }
   return buffers;

@@ -28,7 +28,7 @@ struct Call {
   std::int32_t root = 0;
   std::uint64_t count = 0;
   // Where the buffer lies in memory that the members allocated together (number of the allocation, from 1, and offset
-  // in bytes), or 0 and 0. This may differ between members.
+  // in bytes), or 0 and 0. These may differ between members.
   std::uint64_t allocation = 0;
   std::uint64_t offset_bytes = 0;
 
@@ -59,7 +59,7 @@ class LocalGroup {
   static std::size_t block_bytes();
 
   // `blocks` and `doorbells` are in the order of the members; blocks start as zeros.
-  LocalGroup(int local_rank, Allocation blocks, std::vector<Doorbell*> doorbells);
+  LocalGroup(int local_rank, std::shared_ptr<const Allocation> blocks, std::vector<Doorbell*> doorbells);
 
   int rank() const { return local_rank_; }
   int size() const { return static_cast<int>(headers_.size()); }
@@ -72,8 +72,8 @@ class LocalGroup {
 
   // Says that this rank will take part in nothing more; members that wait for it then stop with an error.
   void leave();
-  // The first member that has left, or -1.
-  int first_left() const;
+  // The first member that has left without completing call number `sequence`, or -1.
+  int first_left(std::uint64_t sequence) const;
 
   // A wait that ends when all members have come to it.
   auto barrier() {
@@ -91,7 +91,8 @@ class LocalGroup {
   void remove(std::span<const std::byte> own_block);
   // Sets call.allocation and call.offset_bytes for a buffer of this rank.
   void locate(std::span<const std::byte> buffer, Call& call) const;
-  // Every member's buffer for call number `sequence` if all lie in memory allocated together, else empty.
+  // Every member's buffer for call number `sequence` if all lie in the same allocation, else empty. Depends on the
+  // announcements alone, so that all members find the same, also while one of them removes memory.
   std::vector<std::byte*> shared_buffers(std::uint64_t sequence) const;
 
  private:
@@ -111,7 +112,7 @@ class LocalGroup {
   void ring_others();
 
   int local_rank_;
-  Allocation blocks_;
+  std::shared_ptr<const Allocation> blocks_;  // shared, so that a test's threads can be the members
   std::vector<Header*> headers_;
   std::vector<Doorbell*> doorbells_;
   std::size_t half_ = 0;

@@ -261,11 +261,10 @@ std::vector<Mapping> Node::map_peers(const Descriptor& fd, std::size_t num_bytes
     if (missing[i] != 0) senders.push_back(ranks[i]);
   }
   exchange_descriptors(fd, receivers, senders, [&](int sender, const Descriptor& received) {
-    for (std::size_t i = 0; i < size; ++i) {
-      if (ranks[i] == sender && Announcement::of(received).same_file(announced[i])) {
-        mappings[i] = Mapping(received, num_bytes);
-      }
-    }
+    const auto place = static_cast<std::size_t>(std::ranges::find(ranks, sender) - ranks.begin());
+    if (!Announcement::of(received).same_file(announced[place])) return false;  // late, of an earlier exchange
+    mappings[place] = Mapping(received, num_bytes);
+    return true;
   });
   return mappings;
 }
@@ -273,7 +272,7 @@ std::vector<Mapping> Node::map_peers(const Descriptor& fd, std::size_t num_bytes
 // Datagrams hold few descriptors at a time, so sending and receiving alternate until both are through. A peer that
 // stays silent for `patience` is not reachable.
 void Node::exchange_descriptors(const Descriptor& fd, std::span<const int> receivers, std::span<const int> senders,
-                                const std::function<void(int sender, Descriptor)>& received) const {
+                                const std::function<bool(int sender, const Descriptor&)>& received) const {
   constexpr std::chrono::seconds patience(2);
   const auto deadline = std::chrono::steady_clock::now() + patience;
   std::size_t num_sent = 0;
@@ -291,8 +290,7 @@ void Node::exchange_descriptors(const Descriptor& fd, std::span<const int> recei
     Descriptor incoming;
     const int sender = receive_descriptor(socket_.get(), incoming);
     if (sender >= 0 && std::ranges::find(senders, sender) != senders.end()) {
-      received(sender, std::move(incoming));
-      ++num_received;
+      if (received(sender, incoming)) ++num_received;
       continue;
     }
     pollfd readable{.fd = socket_.get(), .events = POLLIN, .revents = 0};

@@ -51,7 +51,7 @@ class Node {
   std::vector<Mapping> map_peers(const Descriptor& fd, std::size_t num_bytes, std::span<const int> ranks,
                                  const AllGather& all_gather) const;
   void exchange_descriptors(const Descriptor& fd, std::span<const int> receivers, std::span<const int> senders,
-                            const std::function<void(int sender, Descriptor)>& received) const;
+                            const std::function<bool(int sender, const Descriptor&)>& received) const;
 
   int rank_;
   std::vector<Identity> identities_;

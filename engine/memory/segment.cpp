@@ -59,21 +59,26 @@ Mapping::~Mapping() {
 }
 
 Descriptor create_memory(std::size_t num_bytes) {
+  const std::string what =
+      "allocating " + std::to_string(num_bytes) +
+      " bytes of shared memory (free memory, or raise the memory limit of the container or job)";
+  // No limit bounds a memfd: for more than the machine has, the kernel would kill processes, ours or not, to make room.
+  const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  if (num_bytes / page_bytes > static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES))) fail(ENOMEM, what);
   Descriptor fd(memfd_create("dtrain", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd) fail(errno, "memfd_create");
   if (fchmod(fd.get(), S_IRUSR | S_IWUSR) != 0) fail(errno, "fchmod of shared memory");
-  const int error = posix_fallocate(fd.get(), 0, static_cast<off_t>(num_bytes));
-  if (error != 0) {
-    fail(error, "allocating " + std::to_string(num_bytes) +
-                    " bytes of shared memory (free memory, or raise the memory limit of the container or job)");
-  }
+  int error = EINTR;  // a signal stops a long allocation, and undoes it
+  while (error == EINTR) error = posix_fallocate(fd.get(), 0, static_cast<off_t>(num_bytes));
+  if (error != 0) fail(error, what);
   if (fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) fail(errno, "F_ADD_SEALS");
   return fd;
 }
 
 std::optional<Descriptor> open_descriptor_of(pid_t pid, int fd) {
   const std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd);
-  Descriptor opened(::open(path.c_str(), O_RDWR | O_CLOEXEC));
+  // In another process namespace the number may be anybody's, so nothing may come of opening: no wait, no terminal.
+  Descriptor opened(::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
   if (!opened) return std::nullopt;
   return opened;
 }

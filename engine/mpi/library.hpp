@@ -5,6 +5,7 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace dtrain::mpi {
 
@@ -23,6 +24,9 @@ bool initialize();
 void finalize();
 
 bool is_finalized();
+
+// This process's rank in the world of the launch, and that world's size.
+std::pair<int, int> world_rank_and_size();
 
 // First line of what the library says of itself, e.g. "Open MPI v5.0.11, ...".
 std::string library_version();

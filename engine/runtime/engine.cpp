@@ -25,15 +25,20 @@ using std::chrono::steady_clock;
 
 // With this many cores to a rank, one of them is better spent on an engine thread than on the model.
 constexpr int spare_cores_per_rank = 4;
-// A rank that waits has nothing better to do than spin for about a millisecond; the engine thread takes the core from
-// the model.
-constexpr int max_waiter_spins = 10000;
+// A rank that waits has nothing better to do than spin for up to a millisecond; the engine thread takes the core from
+// the model. After a few microseconds a spin yields, since the peer may be waiting for this very core.
+constexpr int max_waiter_spins = 2000;
 constexpr int thread_spins = 200;
+constexpr int spins_before_yield = 100;
 // MPI wakes nobody, so while it has work it is asked this often.
 constexpr microseconds mpi_poll_interval(50);
 constexpr microseconds longest_sleep(100000);
 
-void pause_briefly() {
+void spin(int num_spins) {
+  if (num_spins > spins_before_yield) {
+    std::this_thread::yield();
+    return;
+  }
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -79,7 +84,7 @@ Engine::~Engine() {
   }
   if (thread_) {
     stopping_ = true;
-    doorbell_of_rank_[static_cast<std::size_t>(rank())]->ring();
+    own_doorbell().ring();
     thread_->join();
   }
 }
@@ -91,9 +96,18 @@ AllGather Engine::gather_over(const mpi::Communicator& communicator) const {
 }
 
 std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
+  std::vector<int> sorted(ranks.begin(), ranks.end());
+  std::ranges::sort(sorted);
+  if (!std::ranges::binary_search(sorted, rank()) || sorted.front() < 0 || sorted.back() >= size() ||
+      std::ranges::adjacent_find(sorted) != sorted.end()) {
+    throw std::invalid_argument("create_group: the ranks must be different ones of 0 to " + std::to_string(size() - 1) +
+                                ", with the calling rank, " + std::to_string(rank()) + ", among them");
+  }
+  require_open();
   drain();
   mpi::Communicator communicator = world_.create_group(ranks, group_tag);
-  Allocation blocks = node_->share(LocalGroup::block_bytes(), ranks, gather_over(communicator));
+  auto blocks = std::make_shared<const Allocation>(
+      node_->share(LocalGroup::block_bytes(), ranks, gather_over(communicator)));
 
   const std::vector<int>& nodes = node_->node_of_rank();
   std::vector<int> numbers;  // nodes of the group, in the order of their lowest rank in it
@@ -117,14 +131,16 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
 }
 
 std::shared_ptr<mpi::Mailbox> Engine::create_mailbox() {
+  require_open();
   drain();
   return std::make_shared<mpi::Mailbox>(world_.duplicate());
 }
 
 std::shared_ptr<const Allocation> Engine::allocate(Group& group, std::size_t num_bytes) {
+  require_open();
   drain();
   const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  const std::size_t num_pages = std::max<std::size_t>(1, (num_bytes + page_bytes - 1) / page_bytes);
+  const std::size_t num_pages = std::max<std::size_t>(1, num_bytes / page_bytes + (num_bytes % page_bytes != 0 ? 1 : 0));
   auto allocation = std::make_shared<const Allocation>(
       node_->share(num_pages * page_bytes, group.world_ranks(), gather_over(group.communicator())));
   const std::scoped_lock lock(drive_mutex_, inbox_mutex_);
@@ -195,22 +211,32 @@ std::shared_ptr<Operation> Engine::submit(Group& group, Call call, std::span<con
     inbox_.emplace_back(&group, operation);
   }
   if (has_thread_) {
-    doorbell_of_rank_[static_cast<std::size_t>(rank())]->ring();
+    own_doorbell().ring();
   } else {
     poll();
   }
   return operation;
 }
 
+void Engine::require_open() {
+  const std::scoped_lock lock(inbox_mutex_);
+  if (is_closed_) throw std::runtime_error("the engine was closed: nothing can be set up any more");
+}
+
+// With drive_mutex_ held.
+void Engine::take_inbox() {
+  const std::scoped_lock lock(inbox_mutex_);
+  for (auto& [group, operation] : inbox_) group->submit(std::move(operation));
+  inbox_.clear();
+}
+
 bool Engine::progress() {
   const std::scoped_lock lock(drive_mutex_);
-  {
-    const std::scoped_lock inbox_lock(inbox_mutex_);
-    for (auto& [group, operation] : inbox_) group->submit(std::move(operation));
-    inbox_.clear();
-  }
+  take_inbox();
   bool advanced = false;
   for (const auto& group : groups_) advanced = group->progress() || advanced;
+  // Without an engine thread, another thread of this process may sleep until its operation is done.
+  if (advanced && !has_thread_) own_doorbell().ring();
   return advanced;
 }
 
@@ -225,8 +251,7 @@ bool Engine::wait(Operation& operation, microseconds timeout) {
     if (!has_thread_ && progress()) {
       spins = 0;
     } else if (spins < waiter_spins_) {
-      ++spins;
-      pause_briefly();
+      spin(++spins);
     } else {
       const auto left = std::chrono::duration_cast<microseconds>(deadline - steady_clock::now());
       if (left.count() <= 0) return false;
@@ -242,10 +267,11 @@ bool Engine::wait(Operation& operation, microseconds timeout) {
 
 // See Doorbell::ring for why nothing is missed.
 void Engine::sleep(microseconds timeout) {
-  Doorbell& own = *doorbell_of_rank_[static_cast<std::size_t>(rank())];
+  Doorbell& own = own_doorbell();
   own.num_sleepers.fetch_add(1);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
   const std::uint32_t rings = own.rings.load();
-  if (!progress()) futex_wait(own.rings, rings, timeout);
+  if (!progress() && !stopping_) futex_wait(own.rings, rings, timeout);
   own.num_sleepers.fetch_sub(1);
 }
 
@@ -284,8 +310,7 @@ void Engine::run() {
       }
     }
     if (!is_idle && spins < thread_spins) {
-      ++spins;
-      pause_briefly();
+      spin(++spins);
     } else {
       sleep(needs_polling ? mpi_poll_interval : longest_sleep);
     }
@@ -300,20 +325,24 @@ void Engine::close() {
   }
   if (thread_) {
     stopping_ = true;
-    doorbell_of_rank_[static_cast<std::size_t>(rank())]->ring();
+    own_doorbell().ring();
     thread_->join();
     thread_.reset();
-    has_thread_ = false;
   }
   const std::scoped_lock lock(drive_mutex_);
+  take_inbox();
   for (const auto& group : groups_) {
     group->local().leave();
     group->fail(std::make_exception_ptr(std::runtime_error("the engine was closed")));
   }
+  own_doorbell().ring();
   if (initialized_mpi_) {
     mpi::finalize();
   } else if (!mpi::is_finalized()) {
-    for (const auto& group : groups_) group->communicator().close();
+    for (const auto& group : groups_) {
+      // MPI may give a freed communicator's number to the next one, and that would get what is still under way.
+      if (!group->has_abandoned()) group->communicator().close();
+    }
     world_.close();
   }
 }

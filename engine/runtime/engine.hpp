@@ -47,7 +47,8 @@ class Engine {
   std::shared_ptr<mpi::Mailbox> create_mailbox();
 
   // Collective over `group`; blocks. Memory in which its collectives need no copies: each rank gets `num_bytes`, zeroed
-  // and page-aligned. It is unmapped when the result and release() have let it go.
+  // and page-aligned. It is unmapped when the result and release() have let it go. Over several nodes, either all ranks
+  // pass such memory to a collective or none: the pieces that nodes exchange differ.
   std::shared_ptr<const Allocation> allocate(Group& group, std::size_t num_bytes);
   // Local. The group's collectives no longer use in place what allocate() gave at `memory`.
   void release(Group& group, std::span<const std::byte> memory);
@@ -70,9 +71,11 @@ class Engine {
   void close();
 
  private:
-
   std::shared_ptr<Operation> submit(Group& group, Call call, std::span<const std::byte> buffer, Task task);
   bool progress();
+  void take_inbox();
+  void require_open();
+  Doorbell& own_doorbell() { return *doorbell_of_rank_[static_cast<std::size_t>(rank())]; }
   void drain();
   void run();
   void sleep(std::chrono::microseconds timeout);

@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the engine promises beside the collectives: order, threads, errors, end.
+#include "runtime/engine.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "collectives/errors.hpp"
+#include "ranks.hpp"
+
+namespace dtrain {
+namespace {
+
+using namespace test;
+using std::chrono::microseconds;
+
+std::span<std::byte> bytes_of(std::vector<std::int64_t>& values) { return std::as_writable_bytes(std::span(values)); }
+
+constexpr Reduction sum_of_int64{.dtype = DataType::int64};
+
+const Test barrier("engine: nobody leaves a barrier before all have called it", Runs::on_ranks, [] {
+  for_each_layout([](const Layout& layout) {
+    if (layout.group.rank() == layout.group.size() - 1) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    const double own = std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+    finish(layout.engine, layout.engine.barrier(layout.group));
+    const double left = std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+    std::vector<double> called(static_cast<std::size_t>(layout.group.size()));
+    const auto gathered = layout.engine.all_gather(layout.group, std::as_bytes(std::span(&own, 1)),
+                                                   std::as_writable_bytes(std::span(called)));
+    finish(layout.engine, gathered);
+    expect(left >= std::ranges::max(called), layout.name);
+  });
+});
+
+const Test ahead("engine: more in flight than announcements have room, ranks far apart", Runs::on_ranks, [] {
+  for_each_layout([](const Layout& layout) {
+    std::vector<std::vector<std::int64_t>> values;
+    std::vector<std::shared_ptr<Operation>> operations;
+    for (int i = 0; i < 200; ++i) values.push_back({i, layout.group.rank()});
+    if (layout.group.rank() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    for (auto& pair : values) operations.push_back(layout.engine.all_reduce(layout.group, bytes_of(pair), sum_of_int64));
+    const std::int64_t size = layout.group.size();
+    finish(layout.engine, operations.back());
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      expect(operations[i]->is_done(), "in order");
+      expect_equal(values[i][0], static_cast<std::int64_t>(i) * size, layout.name);
+      expect_equal(values[i][1], size * (size - 1) / 2, layout.name);
+    }
+  });
+});
+
+const Test threads("engine: two threads, each with groups of its own", Runs::on_ranks, [] {
+  for (const int max_ranks_per_node : {0, 1, 2}) {
+    Ranks ranks(max_ranks_per_node);
+    const std::shared_ptr<Group> groups[] = {ranks.all(), ranks.all()};
+    const auto work = [&ranks](Group& group, std::int64_t start) {
+      for (std::int64_t i = start; i < start + 200; ++i) {
+        std::vector<std::int64_t> values(static_cast<std::size_t>(i % 50 + 1), i);
+        finish(ranks.engine, ranks.engine.all_reduce(group, bytes_of(values), sum_of_int64));
+        expect(std::ranges::count(values, i * group.size()) == i % 50 + 1, "sum");
+      }
+    };
+    std::thread other(work, std::ref(*groups[1]), 1000);
+    work(*groups[0], 0);
+    other.join();
+  }
+});
+
+const Test mismatch("engine: ranks that call different collectives get one error", Runs::on_ranks, [] {
+  Ranks ranks;
+  Engine& engine = ranks.engine;
+  const auto control = ranks.all();
+  const auto group = ranks.all();
+  if (engine.size() == 1) return;
+  std::vector<std::int64_t> values(3);
+  finish(engine, engine.all_reduce(*group, bytes_of(values), sum_of_int64));
+  const bool is_last = engine.rank() == engine.size() - 1;
+  const auto different = is_last ? engine.broadcast(*group, bytes_of(values), 1)
+                                 : engine.all_reduce(*group, bytes_of(values), sum_of_int64);
+  const auto queued = engine.barrier(*group);
+  const std::string last = std::to_string(engine.size() - 1);
+  const std::string text = "collective 1 of this group: rank 0 calls all_reduce(sum, 3 int64), rank " + last +
+                           " calls broadcast(root 1, 24 uint8)";
+  expect_throws<Mismatch>([&] { finish(engine, different); }, text);
+  expect_throws<Mismatch>([&] { finish(engine, queued); }, text);
+  expect_throws<Mismatch>([&] { finish(engine, engine.barrier(*group)); }, text);
+  finish(engine, engine.barrier(*control));  // other groups go on
+});
+
+const Test left("engine: a rank that leaves is named to those who wait for it", Runs::on_ranks, [] {
+  Ranks ranks;
+  Engine& engine = ranks.engine;
+  const auto group = ranks.all();
+  const int last = engine.size() - 1;
+  std::vector<std::int64_t> values(3, 1);
+  finish(engine, engine.all_reduce(*group, bytes_of(values), sum_of_int64));
+  expect_equal(values[2], engine.size(), "before");
+  if (engine.rank() == last) return;
+  std::vector<int> staying;
+  for (int rank = 0; rank < last; ++rank) staying.push_back(rank);
+  const auto those_who_stay = engine.create_group(staying);
+  const std::string text = "rank " + std::to_string(last) + " has left the job while rank " +
+                           std::to_string(engine.rank()) + " waits for it in all_reduce(sum, 3 int64), collective 1";
+  const auto operation = engine.all_reduce(*group, bytes_of(values), sum_of_int64);
+  expect_throws<RankLeft>([&] { finish(engine, operation); }, text);
+  expect_throws<RankLeft>([&] { finish(engine, engine.barrier(*group)); }, text);
+  finish(engine, engine.barrier(*those_who_stay));  // or the first of them to leave would be named to the others
+});
+
+// Some are through with the last collective before others are, and leave; that is no fault.
+const Test last_collective("engine: a rank may leave as soon as its last collective is done", Runs::on_ranks, [] {
+  for (const int max_ranks_per_node : {0, 1, 2, 3}) {
+    for (int round = 0; round < 10; ++round) {
+      Ranks ranks(max_ranks_per_node);
+      const auto group = ranks.all();
+      Bytes input(50000);
+      Bytes output(input.size() * static_cast<std::size_t>(group->size()));
+      const auto operation = round % 3 == 0   ? ranks.engine.all_gather(*group, input, output)
+                             : round % 3 == 1 ? ranks.engine.broadcast(*group, input, 0)
+                                              : ranks.engine.barrier(*group);
+      finish(ranks.engine, operation);
+    }
+  }
+});
+
+const Test closing("engine: closing fails what is in flight, and all that comes later", Runs::on_ranks, [] {
+  for (const int max_ranks_per_node : {0, 1}) {
+    Ranks ranks(max_ranks_per_node);
+    Engine& engine = ranks.engine;
+    const auto group = ranks.all();
+    std::vector<std::int64_t> values(3);
+    std::vector<std::shared_ptr<Operation>> pending;
+    if (engine.rank() == 0 && engine.size() > 1) {  // nobody joins in
+      for (int i = 0; i < 3; ++i) pending.push_back(engine.all_reduce(*group, bytes_of(values), sum_of_int64));
+    }
+    std::thread waiter([&] {
+      if (!pending.empty()) expect_throws<std::runtime_error>([&] { finish(engine, pending[0]); }, "");
+    });
+    engine.close();
+    engine.close();
+    waiter.join();
+    for (const auto& operation : pending) {
+      expect_throws<std::runtime_error>([&] { finish(engine, operation); }, "");  // closed, or a peer has left
+    }
+    expect_throws<std::runtime_error>([&] { engine.barrier(*group); }, "the engine was closed");
+    expect_throws<std::runtime_error>([&] { engine.allocate(*group, 1); }, "the engine was closed");
+    expect_throws<std::runtime_error>([&] { ranks.all(); }, "the engine was closed");
+    engine.release(*group, {});
+  }
+});
+
+const Test arguments("engine: arguments are looked at before anything is sent", Runs::on_ranks, [] {
+  Ranks ranks;
+  Engine& engine = ranks.engine;
+  const auto group = ranks.all();
+  const int rank = engine.rank();
+  const std::vector<std::vector<int>> wrong{{}, {rank, rank}, {rank, engine.size()}, {-1, rank}, {(rank + 1) % 4}};
+  for (const std::vector<int>& members : wrong) {
+    if (members == std::vector{rank}) continue;
+    expect_throws<std::invalid_argument>([&] { engine.create_group(members); }, "with the calling rank");
+  }
+  std::vector<std::int64_t> values(3);
+  const Reduction average{.dtype = DataType::int64, .op = ReduceOp::average};
+  expect_throws<std::invalid_argument>([&] { engine.all_reduce(*group, bytes_of(values), average); }, "average of int64");
+  finish(engine, engine.barrier(*group));
+});
+
+const Test forked("engine: a forked child can drop its copy", Runs::on_ranks, [] {
+  for (const int max_ranks_per_node : {0, 1}) {
+    auto engine = std::make_unique<Engine>(EngineOptions{.max_ranks_per_node = max_ranks_per_node});
+    std::vector<int> everyone;
+    for (int rank = 0; rank < engine->size(); ++rank) everyone.push_back(rank);
+    auto group = engine->create_group(everyone);
+    in_child([&] {
+      engine->close();
+      group.reset();
+      engine.reset();
+    });
+    finish(*engine, engine->barrier(*group));
+    engine->close();
+    engine->close();
+  }
+});
+
+const Test mailbox("mailbox: messages between any two ranks", Runs::on_ranks, [] {
+  Ranks ranks;
+  const auto box = ranks.engine.create_mailbox();
+  const auto group = ranks.all();
+  for (int round = 0; round < 3; ++round) {
+    for (int peer = 0; peer < box->size(); ++peer) {
+      const std::vector<int> message(static_cast<std::size_t>(round * 20000), box->rank());
+      box->post(std::as_bytes(std::span(message)), peer);
+    }
+  }
+  std::size_t num_bytes = 0;
+  for (int received = 0; received < 3 * box->size();) {
+    const auto message = box->collect();
+    box->is_flushed();
+    if (!message) continue;
+    ++received;
+    num_bytes += message->size();
+  }
+  expect_equal(num_bytes, 60000 * sizeof(int) * static_cast<std::size_t>(box->size()), "bytes");
+  while (!box->is_flushed()) std::this_thread::yield();
+  finish(ranks.engine, ranks.engine.barrier(*group));
+});
+
+}  // namespace
+}  // namespace dtrain

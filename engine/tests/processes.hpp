@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// Ranks without MPI: forked processes with an all_gather of their own.
+#pragma once
+
+#include <functional>
+
+#include "memory/node.hpp"
+
+namespace dtrain::test {
+
+// Runs `body` in `size` forked children at once; what fails there fails here. `isolate`, if given, is called in each
+// before its process is made: it may change the namespaces that the process will live in.
+void on_processes(int size, const std::function<void(int rank, const AllGather& all_gather)>& body,
+                  const std::function<void(int rank)>& isolate = nullptr);
+
+}  // namespace dtrain::test

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ranks.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <random>
+
+namespace dtrain::test {
+
+std::shared_ptr<Group> Ranks::all() {
+  std::vector<int> everyone(static_cast<std::size_t>(engine.size()));
+  std::iota(everyone.begin(), everyone.end(), 0);
+  return engine.create_group(everyone);
+}
+
+void finish(Engine& engine, const std::shared_ptr<Operation>& operation) {
+  if (!engine.wait(*operation, std::chrono::seconds(50))) throw std::runtime_error("an operation without end");
+  operation->rethrow();
+}
+
+void for_each_layout(const std::function<void(const Layout&)>& body) {
+  const int size = mpi::Communicator::duplicate(0).size();
+  struct Case {
+    int max_ranks_per_node;
+    std::vector<std::vector<int>> groups;
+  };
+  std::vector<std::vector<Case>> cases(5);
+  cases[1] = {{0, {{0}}}};
+  cases[2] = {{0, {{0, 1}, {1, 0}}}, {1, {{0, 1}, {1}}}};
+  cases[3] = {{0, {{0, 1, 2}, {2, 0}}}, {1, {{0, 1, 2}}}, {2, {{0, 1, 2}, {2, 1, 0}, {0, 2, 1}, {1, 2}}}};
+  cases[4] = {{0, {{0, 1, 2, 3}, {1, 3}}},
+              {1, {{3, 2, 1, 0}}},
+              {2, {{0, 1, 2, 3}, {0, 2, 1, 3}, {3, 0, 2}, {0, 1}}},
+              {3, {{0, 1, 2, 3}, {3, 0, 1, 2}, {0, 3}}}};
+  for (const Case& nodes : cases.at(static_cast<std::size_t>(size))) {
+    Ranks ranks(nodes.max_ranks_per_node);
+    for (const std::vector<int>& members : nodes.groups) {
+      if (std::ranges::find(members, ranks.engine.rank()) == members.end()) continue;
+      const auto group = ranks.engine.create_group(members);
+      std::string name = "group";
+      for (const int member : members) name.append(" ").append(std::to_string(member));
+      name.append(", nodes of ").append(std::to_string(nodes.max_ranks_per_node));
+      try {
+        body({ranks.engine, *group, name});
+      } catch (const std::exception& error) {
+        throw std::runtime_error(name + ": " + error.what());
+      }
+    }
+  }
+}
+
+Bytes contribution(int rank, DataType dtype, std::size_t count) {
+  std::minstd_rand random(static_cast<unsigned>(rank + 1));
+  std::uniform_real_distribution<double> uniform(-2, 2);
+  Bytes bytes(count * element_bytes(dtype));
+  const auto fill = [&](auto draw) {
+    for (std::size_t i = 0; i < count; ++i) {
+      const auto value = draw();
+      std::memcpy(bytes.data() + i * sizeof(value), &value, sizeof(value));
+    }
+  };
+  switch (dtype) {
+    case DataType::float32: fill([&] { return static_cast<float>(uniform(random)); }); break;
+    case DataType::float64: fill([&] { return uniform(random); }); break;
+    case DataType::uint8: fill([&] { return static_cast<std::uint8_t>(random() >> 8); }); break;
+    case DataType::boolean: fill([&] { return static_cast<std::uint8_t>(random() >> 8 & 1U); }); break;
+    case DataType::bfloat16:  // below 0x4000 in size: finite, and so are sums
+    case DataType::float16: fill([&] { return static_cast<std::uint16_t>(random() >> 8 & 0xbfffU); }); break;
+    case DataType::int32: fill([&] { return static_cast<std::uint32_t>(random() << 3); }); break;
+    case DataType::int64: fill([&] { return std::uint64_t{random()} << 31; }); break;
+  }
+  return bytes;
+}
+
+Bytes reduce_in_order(const std::vector<Bytes>& contributions, const Reduction& reduction) {
+  Bytes result(contributions[0].size());
+  std::vector<const std::byte*> sources;
+  for (const Bytes& bytes : contributions) sources.push_back(bytes.data());
+  std::byte* const place = result.data();
+  reduce(sources, {&place, 1}, result.size() / element_bytes(reduction.dtype), reduction);
+  return result;
+}
+
+Bytes reduce_by_nodes(const Group& group, const std::vector<Bytes>& contributions, Reduction reduction) {
+  if (group.num_nodes() == 1) return reduce_in_order(contributions, reduction);
+  Reduction within = reduction;
+  within.scale = 1.0;
+  std::vector<Bytes> partials;
+  for (int node = 0; node < group.num_nodes(); ++node) {
+    std::vector<Bytes> of_node;
+    for (const int rank : group.ranks_of_node(node)) of_node.push_back(contributions[static_cast<std::size_t>(rank)]);
+    partials.push_back(reduce_in_order(of_node, within));
+  }
+  return reduce_in_order(partials, reduction);
+}
+
+}  // namespace dtrain::test
