@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Buckets: what lies in them, when they start, and what parameters of all kinds get."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import everywhere, on_ranks
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from distributed_trainer import DistributedTrainerError, MismatchError, create_distributed_trainer, gradients
+
+several = on_ranks(2, 3, 4, (2, 1), (3, 2), (4, 2))
+
+
+def bits(tensor):
+    return None if tensor is None else tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make()
+
+
+def plain_step(make, x, y, criterion):
+    """Gradients and loss of one process."""
+    model = seeded(make)
+    loss = criterion(model(x), y)
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}, loss.detach()
+
+
+def assert_same(actual, expected, tolerance=1e-12):
+    for name, reference in expected.items():
+        if reference is None:
+            assert actual[name].grad is None, name
+        else:
+            difference = (actual[name].grad - reference).abs()
+            assert (difference <= tolerance * reference.abs().amax()).all() if reference.numel() else True, name
+
+
+def mlp(dtype=torch.float64):
+    return nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(5, 5, dtype=dtype), nn.Tanh())))
+
+
+def batch(num_samples=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(num_samples, 5, generator=generator).to(dtype) for _ in range(2))
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.0)  # so that each step has the gradients of the first
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 300, 4 << 20])
+@everywhere
+def test_buckets(world, monkeypatch, bucket_bytes):
+    """Of one parameter each, of several, of all: the gradients of one process, the same bits on every rank."""
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", bucket_bytes)
+    model = seeded(mlp)
+    trainer = create_distributed_trainer(model)
+    optimizer = sgd(model)
+    x, y = batch(7)
+    expected, _ = plain_step(mlp, x, y, nn.MSELoss())
+    for _ in range(3):
+        trainer.train_step(x, y, nn.MSELoss(), optimizer)
+        assert_same(dict(model.named_parameters()), expected)
+        assert len(set(world.gather(tuple(bits(parameter.grad) for parameter in model.parameters())))) == 1
+    num_buckets = len(trainer._gradients._buckets)
+    assert num_buckets == (0 if world.size == 1 else {1: 8, 300: 2, 4 << 20: 1}[bucket_bytes])
+    trainer.close()
+
+
+@several
+def test_overlap(world, monkeypatch):
+    """All buckets but the first layer's are on their way before backward comes to the first layer."""
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 1)
+    model = seeded(mlp)
+    trainer = create_distributed_trainer(model)
+    events = []
+    group = trainer._gradients._group
+    all_reduce = group.allreduce
+
+    def recorded(tensors, *options):
+        events.append(tensors[0].numel())
+        return all_reduce(tensors, *options)
+
+    group.allreduce = recorded
+    model[0].weight.register_hook(lambda gradient: events.append("first layer"))
+    optimizer = sgd(model)
+    x, y = batch()
+    for _ in range(2):
+        events.clear()
+        trainer.train_step(x, y, nn.MSELoss(), optimizer)
+    started = events[: events.index("first layer")]
+    assert started.count(25) == 3
+    assert started.count(5) >= 3
+    trainer.close()
+
+
+@several
+def test_reductions_end_while_backward_runs(world, monkeypatch):
+    """Asking is enough; nobody has to wait first."""
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 1)
+    model = seeded(mlp)
+    trainer = create_distributed_trainer(model)
+    is_done = []
+
+    def wait_for_last_layer(gradient):
+        if trainer._gradients._buckets:
+            work = trainer._gradients._buckets[0].work
+            while not work.is_completed():
+                pass
+            is_done.append(True)
+
+    model[0].weight.register_hook(wait_for_last_layer)
+    optimizer = sgd(model)
+    x, y = batch()
+    for _ in range(3):
+        trainer.train_step(x, y, nn.MSELoss(), optimizer)
+    assert is_done == [True] * 2
+    trainer.close()
+
+
+@several
+def test_gradients_lie_in_the_arena(world):
+    """`.grad` is the bucket's memory, and that is the group's."""
+    model = seeded(mlp)
+    trainer = create_distributed_trainer(model)
+    optimizer = sgd(model)
+    x, y = batch()
+    for _ in range(2):
+        trainer.train_step(x, y, nn.MSELoss(), optimizer)
+        (memory,) = trainer._gradients._memory
+        first = memory.data_ptr()
+        for parameter in model.parameters():
+            assert first <= parameter.grad.data_ptr() < first + memory.numel()
+        assert mapping_of(first).startswith("/memfd:")
+    trainer.close()
+
+
+def mapping_of(address):
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            start, stop = (int(number, 16) for number in line.split()[0].split("-"))
+            if start <= address < stop:
+                return line.split(maxsplit=5)[5]
+    return ""
+
+
+class Copies(TorchDispatchMode):
+    """Records copies within the arena's address range."""
+
+    def __init__(self, memory):
+        super().__init__()
+        self._range = range(memory.data_ptr(), memory.data_ptr() + memory.numel())
+        self.num_elements = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if arguments and isinstance(arguments[0], torch.Tensor) and arguments[0].data_ptr() in self._range:
+            if function._schema.is_mutable:
+                self.num_elements.append(arguments[0].numel())
+        return function(*arguments, **(keywords or {}))
+
+
+@several
+def test_one_copy(world):
+    """On the way in each gradient is written to once, and by nothing but the reduction afterwards."""
+    model = seeded(mlp)
+    trainer = create_distributed_trainer(model)
+    optimizer = sgd(model)
+    x, y = batch()
+    trainer.train_step(x, y, nn.MSELoss(), optimizer)
+    with Copies(trainer._gradients._memory[0]) as copies:
+        trainer.train_step(x, y, nn.MSELoss(), optimizer)
+    assert sorted(copies.num_elements) == sorted(parameter.numel() for parameter in model.parameters())
+    trainer.close()
+
+
+class Experts(nn.Module):
+    """Each sample goes to one layer, so a rank uses only some, and nobody the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(5, 5).double() for _ in range(4))
+
+    def forward(self, x, choice):
+        parts = [expert(x[choice == i]) for i, expert in enumerate(self.experts) if (choice == i).any()]
+        order = torch.cat([(choice == i).nonzero().flatten() for i in range(len(self.experts))])
+        return torch.cat(parts)[order.argsort()]
+
+
+@everywhere
+def test_unused(world):
+    """On some ranks, on all ranks, and in another way in each step."""
+    model = seeded(Experts)
+    trainer = create_distributed_trainer(model)
+    optimizer = sgd(model)
+    x, y = batch()
+    for choice in ([0, 0, 0, 0, 1, 1, 2, 2], [0] * 8, [2, 2, 2, 1, 1, 1, 1, 0], [1, 0, 1, 0, 1, 0, 1, 0]):
+        choice = torch.tensor(choice)
+        reference = seeded(Experts)
+        expected_loss = F.mse_loss(reference(x, choice), y)
+        expected_loss.backward()
+        loss = trainer.train_step((x, choice), y, nn.MSELoss(), optimizer)
+        torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-12, atol=0)
+        assert_same(dict(model.named_parameters()), {n: p.grad for n, p in reference.named_parameters()})
+    assert model.experts[3].weight.grad is None
+    trainer.close()
+
+
+class Odd(nn.Module):
+    """A frozen, a shared, a 0-dimensional and an empty parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 5).double()
+        self.frozen = nn.Linear(5, 5).double().requires_grad_(False)
+        self.second = nn.Linear(5, 5, bias=False).double()
+        self.second.weight = self.first.weight
+        self.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        self.empty = nn.Parameter(torch.zeros(0, 3, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.second(self.frozen(self.first(x)).tanh()) * self.scale + self.empty.sum()
+
+
+@everywhere
+def test_odd_parameters(world):
+    model = seeded(Odd)
+    trainer = create_distributed_trainer(model)
+    x, y = batch(5)
+    expected, _ = plain_step(Odd, x, y, nn.MSELoss())
+    optimizer = sgd(model)
+    for _ in range(2):
+        trainer.train_step(x, y, nn.MSELoss(), optimizer)
+        assert_same(dict(model.named_parameters()), expected)
+        assert model.scale.grad.shape == ()
+        assert model.frozen.weight.grad is None
+    trainer.close()
+
+
+@everywhere
+def test_freezing_between_steps(world):
+    """A parameter may be frozen and unfrozen as in plain torch; memory of the old buckets goes."""
+    model = seeded(mlp)
+    trainer = create_distributed_trainer(model)
+    optimizer = sgd(model)
+    x, y = batch()
+    expected, _ = plain_step(mlp, x, y, nn.MSELoss())
+    for frozen in ([], ["0.weight", "4.bias"], ["4.bias"], []):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        for _ in range(2):
+            trainer.train_step(x, y, nn.MSELoss(), optimizer)
+            now = {name: None if name in frozen else gradient for name, gradient in expected.items()}
+            assert_same(dict(model.named_parameters()), now)
+    assert len(trainer._gradients._memory) <= 1
+    trainer.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@everywhere
+def test_dtypes(world, dtype):
+    """Gradients have the parameter's dtype, as exact as that is; 16-bit sums do not overflow."""
+
+    def make():
+        return mlp(dtype)
+
+    model = seeded(make)
+    trainer = create_distributed_trainer(model)
+    x, y = batch(9, dtype)
+    expected, expected_loss = plain_step(make, x, y, nn.MSELoss())
+    optimizer = sgd(model)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
+    for _ in range(2):
+        loss = trainer.train_step(x, y, nn.MSELoss(), optimizer)
+        assert loss.dtype == dtype
+        assert abs(loss - expected_loss) <= tolerance * expected_loss
+        assert_same(dict(model.named_parameters()), expected, tolerance)
+        assert {parameter.grad.dtype for parameter in model.parameters()} == {dtype}
+        assert len(set(world.gather(tuple(bits(parameter.grad) for parameter in model.parameters())))) == 1
+    trainer.close()
+
+
+class Mixed(nn.Module):
+    """float32, float64 and bfloat16 parameters in one model."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(5, 5, dtype=dtype) for dtype in (torch.bfloat16, torch.float64, torch.float32, torch.float64)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x.to(layer.weight.dtype)).tanh()
+        return x
+
+
+@everywhere
+def test_mixed_dtypes(world):
+    model = seeded(Mixed)
+    trainer = create_distributed_trainer(model)
+    x, y = batch(9)
+    expected, _ = plain_step(Mixed, x, y, nn.MSELoss())
+    optimizer = sgd(model)
+    for _ in range(2):
+        trainer.train_step(x, y, nn.MSELoss(), optimizer)
+        assert_same({"": model.layers[3].weight}, {"": expected["layers.3.weight"]}, 1e-6)
+        assert_same({"": model.layers[0].weight}, {"": expected["layers.0.weight"]}, 4e-2)
+    assert len(trainer._gradients._buckets) == (3 if world.size > 1 else 0)
+    trainer.close()
+
+
+@everywhere
+def test_channels_last(world):
+    """Gradients have the strides of their parameters."""
+
+    def make():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5)).double().to(memory_format=layout)
+
+    layout = torch.channels_last
+    model = seeded(make)
+    trainer = create_distributed_trainer(model)
+    optimizer = sgd(model)
+    x = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1)).double().to(memory_format=layout)
+    y = torch.arange(6) % 5
+    expected, _ = plain_step(make, x, y, nn.CrossEntropyLoss())
+    for _ in range(2):
+        trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizer)
+        assert_same(dict(model.named_parameters()), expected)
+        weight = model[0].weight
+        assert weight.grad.stride() == weight.stride()
+        assert weight.grad.is_contiguous(memory_format=layout)
+    trainer.close()
+
+
+@several
+def test_layout_differs(world):
+    """Ranks that freeze different parameters: one sentence, the same everywhere, with the name."""
+    model = seeded(mlp)
+    trainer = create_distributed_trainer(model)
+    if world.rank == world.size - 1:
+        model[2].weight.requires_grad_(False)
+    x, y = batch()
+    with pytest.raises(MismatchError) as error:
+        trainer.train_step(x, y, nn.MSELoss(), sgd(model))
+    (message,) = set(world.gather(str(error.value)))
+    assert "2.weight" in message
+    assert f"rank {world.size - 1} has" in message
+    assert "frozen" in message
+    trainer.close()
+
+
+@on_ranks(2, 3, 4)
+def test_layout_differs_later(world):
+    """The same, once buckets are in use."""
+    model = seeded(mlp)
+    trainer = create_distributed_trainer(model)
+    optimizer = sgd(model)
+    x, y = batch()
+    trainer.train_step(x, y, nn.MSELoss(), optimizer)
+    if world.rank == world.size - 1:
+        model[2].weight.requires_grad_(False)
+    with pytest.raises(MismatchError) as error:
+        trainer.train_step(x, y, nn.MSELoss(), optimizer)
+    (message,) = set(world.gather(str(error.value)))
+    assert f"rank {world.size - 1}" in message
+    trainer.close()
+
+
+class Reentrant(nn.Module):
+    """A weight that the old kind of checkpointing gives its gradient in two backward passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 5).double()
+
+    def forward(self, x):
+        x = x.requires_grad_()
+        return self.layer(checkpoint(self.layer, checkpoint(self.layer, x, use_reentrant=True), use_reentrant=True))
+
+
+@several
+def test_second_contribution(world):
+    """A gradient that grows after its bucket was sent is an error, never a wrong sum."""
+    model = seeded(Reentrant)
+    trainer = create_distributed_trainer(model)
+    optimizer = sgd(model)
+    x, y = batch()
+    expected, _ = plain_step(Reentrant, x.clone(), y, nn.MSELoss())
+    trainer.train_step(x.clone(), y, nn.MSELoss(), optimizer)  # nothing is sent during the first backward
+    assert_same(dict(model.named_parameters()), expected)
+    with pytest.raises(DistributedTrainerError, match="use_reentrant=False"):
+        trainer.train_step(x.clone(), y, nn.MSELoss(), optimizer)
+
+
+@everywhere
+def test_accumulation_outside(world):
+    """Backward passes of the user's own between steps leave no trace in the step's gradients, nor in a bucket."""
+    model = seeded(mlp)
+    trainer = create_distributed_trainer(model)
+    optimizer = sgd(model)
+    x, y = batch()
+    expected, _ = plain_step(mlp, x, y, nn.MSELoss())
+    for _ in range(3):
+        trainer.train_step(x, y, nn.MSELoss(), optimizer)
+        assert_same(dict(model.named_parameters()), expected)
+        optimizer.zero_grad()
+        F.mse_loss(model(x[world.rank : world.rank + 1]), y[world.rank : world.rank + 1]).backward()
+    trainer.close()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's code runs, its commands exist, and its links lead somewhere."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import JobSpec, job_environment, mpirun_path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+CODE = [text for language, text in BLOCKS if language == "python"]
+LINES = [line.split("#")[0].strip() for language, text in BLOCKS if language != "python" for line in text.splitlines()]
+COMMANDS = list(filter(None, LINES))
+
+# What the example takes for granted, and what its user would see.
+BEFORE = """
+import os
+import torch
+num_epochs = 2
+torch.manual_seed(0)
+class YourModel(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+dataset = torch.utils.data.TensorDataset(torch.randn(10, 3), torch.arange(10) % 2)
+dataloader = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True)
+"""
+AFTER = "\nprint('trained on', trainer.world_size)\n"
+
+
+def run_script(tmp_path, code, command):
+    (tmp_path / "train.py").write_text(BEFORE + code + AFTER)
+    (tmp_path / "hosts.txt").write_text("localhost slots=4\n" if "slots" in command else "localhost\n")
+    words = shlex.split(command)
+    words[:1] = [mpirun_path()] if words[0] == "mpirun" else [sys.executable]
+    words = [sys.executable if word == "python" else word for word in words]
+    return subprocess.run(
+        words, cwd=tmp_path, env=job_environment(JobSpec(4)), capture_output=True, text=True, timeout=100
+    )
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.endswith("python train.py")] or [None])
+def test_example(tmp_path, command):
+    """Each way to start the example trains; every rank prints the same losses."""
+    assert command, "the README names no way to start the script"
+    assert len(CODE) == 1
+    result = run_script(tmp_path, CODE[0], command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    num_ranks = 4 if "-np 4" in command else 2
+    assert result.stdout.count(f"trained on {num_ranks}") == num_ranks
+    losses = re.findall(r"Loss: ([\d.]+)", result.stdout)
+    assert len(losses) == num_ranks * 2 * 3
+    assert all(losses.count(loss) % num_ranks == 0 for loss in losses)
+    assert "optimizer's state" not in result.stderr.replace("the state of the last one", "optimizer's state")
+
+
+def test_example_with_a_new_optimizer_each_step(tmp_path):
+    """As users write it first; one warning tells them."""
+    code = CODE[0].replace("optimizer = torch.optim.Adam(model.parameters())\n", "")
+    code = code.replace("optimizer=optimizer", "optimizer=torch.optim.Adam(model.parameters())")
+    result = run_script(tmp_path, code, "python train.py")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("trained on 2") == 2
+    assert result.stderr.count("Make the optimizer once, before the loop.") == 1
+
+
+def test_commands_exist():
+    """Targets of make, extras of the package, scripts."""
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    project = (ROOT / "pyproject.toml").read_text()
+    known = ("make ", "pip install", "python setup.py", "python train.py", "mpirun ")
+    for command in COMMANDS:
+        assert command.startswith(known), f"{command!r}: say here how to test it"
+        if command.startswith("make "):
+            assert command.split()[1] in targets
+        for extra in re.findall(r"\.\[(\w+)\]", command):
+            assert re.search(rf"^{extra} = \[", project, re.MULTILINE)
+
+
+def test_links():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
