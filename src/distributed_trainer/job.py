@@ -99,6 +99,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
             "create_distributed_trainer was called in a DataLoader worker or another forked child of a rank, which "
             "can't use MPI. Create the trainer in the main process, outside of what the workers import or run."
         )
+    devices.resolve_num_gpus(num_gpus, None, 0)  # refuses what is no number of devices, in a later call too
     if comm is None and _job_of_world is not None:
         return _job_of_world
     launcher = launch.find_launcher(os.environ)
