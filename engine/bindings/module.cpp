@@ -124,7 +124,10 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
       .def("wait", &wait, nb::arg("timeout_seconds") = nb::none(),
            "Blocks until done; False after timeout_seconds. Raises what the operation failed with.")
       .def("is_done", [](const Pending& pending) {
-        if (!pending.operation->is_done()) pending.engine->poll();
+        if (!pending.operation->is_done()) {
+          const nb::gil_scoped_release release;
+          pending.engine->poll();
+        }
         return pending.operation->is_done();
       });
 
@@ -197,6 +200,7 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           "post",
           [](mpi::Mailbox& self, const nb::bytes& message, int destination) {
             const std::span bytes(static_cast<const std::byte*>(message.data()), message.size());
+            const nb::gil_scoped_release release;
             self.post(bytes, destination);
           },
           nb::arg("message"), nb::arg("destination"))

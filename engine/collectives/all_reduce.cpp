@@ -36,7 +36,7 @@ Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction) 
   Reduction last = reduction;  // the average's division comes with the last reduction of an element
   if (reduction.op == ReduceOp::average) last.scale = 1.0 / group.size();
 
-  const std::vector<std::byte*> shared = local.shared_buffers(group.sequence());
+  const std::vector<std::byte*> shared = group.shared_buffers();
   const std::size_t step = shared.empty() ? LocalGroup::scratch_bytes : max_piece_bytes;
   for (std::size_t start = 0; start < buffer.size(); start += step) {
     const auto work = buffer.subspan(start, std::min(step, buffer.size() - start));

@@ -64,6 +64,7 @@ bool Group::advance_head() {
       check_all_here();
       return false;
     }
+    if (!know_all_calls()) return false;
     check_calls();
     head.started_ = true;
   }
@@ -78,18 +79,41 @@ bool Group::advance_head() {
   return true;
 }
 
-// Every member reads the same announcements, so all of them come to the same sentence.
-void Group::check_calls() const {
-  const Call& first = local_.call_of(0, num_finished_);
-  for (int member = 1; member < local_.size(); ++member) {
-    const Call& other = local_.call_of(member, num_finished_);
-    if (other.agrees_with(first)) continue;
-    const std::vector<int>& ranks = ranks_of_node(node());
-    throw Mismatch("ranks disagree on collective " + std::to_string(num_finished_) +
-                                " of this group: rank " + std::to_string(ranks[0]) + " calls " + first.description() +
-                                ", rank " + std::to_string(ranks[static_cast<std::size_t>(member)]) + " calls " +
-                                other.description() + ". Call the same collectives in the same order on every rank");
+// On one node the calls are in shared memory. Between nodes they are exchanged before each operation: ranks that
+// disagreed on a length would have MPI write past a buffer.
+bool Group::know_all_calls() {
+  if (num_nodes() == 1) return true;
+  if (!calls_transfer_) {
+    calls_.resize(static_cast<std::size_t>(size()));
+    calls_transfer_ = communicator_.gather_to_all(std::as_bytes(std::span(&queue_.front()->call_, 1)),
+                                                  std::as_writable_bytes(std::span(calls_)));
   }
+  if (!calls_transfer_->test()) return false;
+  calls_transfer_.reset();
+  return true;
+}
+
+const Call& Group::call_of(int member) const {
+  return num_nodes() == 1 ? local_.call_of(member, num_finished_) : calls_[static_cast<std::size_t>(member)];
+}
+
+// Every rank looks at the same calls, so all of them come to the same sentence.
+void Group::check_calls() const {
+  const Call& first = call_of(0);
+  for (int member = 1; member < size(); ++member) {
+    const Call& other = call_of(member);
+    if (other.agrees_with(first)) continue;
+    throw Mismatch("ranks disagree on collective " + std::to_string(num_finished_) + " of this group: rank 0 calls " +
+                   first.description() + ", rank " + std::to_string(member) + " calls " + other.description() +
+                   ". Call the same collectives in the same order on every rank");
+  }
+}
+
+std::vector<std::byte*> Group::shared_buffers() const {
+  for (int member = 1; member < size(); ++member) {
+    if (call_of(member).allocation != call_of(0).allocation) return {};
+  }
+  return local_.shared_buffers(num_finished_);
 }
 
 void Group::check_all_here() const {

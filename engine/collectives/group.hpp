@@ -7,6 +7,7 @@
 #include <deque>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -62,8 +63,9 @@ class Group {
   // Queues a collective.
   void submit(std::shared_ptr<Operation> operation);
 
-  // Number of the operation that runs now.
-  std::uint64_t sequence() const { return num_finished_; }
+  // The buffer of the operation that runs now on every rank of this node, if on all ranks of the group it lies in the
+  // same memory that they allocated together; else empty.
+  std::vector<std::byte*> shared_buffers() const;
 
   // Does what can be done without waiting; returns whether that was anything.
   bool progress();
@@ -81,6 +83,8 @@ class Group {
  private:
   void post_waiting();
   bool advance_head();
+  bool know_all_calls();
+  const Call& call_of(int member) const;
   void check_calls() const;
   void check_all_here() const;
   void finish_head(std::exception_ptr error);
@@ -91,6 +95,9 @@ class Group {
   std::vector<std::vector<int>> ranks_of_node_;
   LocalGroup local_;
   std::deque<std::shared_ptr<Operation>> queue_;
+  // With several nodes: what every rank calls at the head of the queue, and the transfer that tells.
+  std::vector<Call> calls_;
+  std::optional<mpi::Transfer> calls_transfer_;
   std::vector<std::shared_ptr<Operation>> abandoned_;
   std::uint64_t num_finished_ = 0;
   std::exception_ptr failure_;

@@ -47,8 +47,7 @@ class Engine {
   std::shared_ptr<mpi::Mailbox> create_mailbox();
 
   // Collective over `group`; blocks. Memory in which its collectives need no copies: each rank gets `num_bytes`, zeroed
-  // and page-aligned. It is unmapped when the result and release() have let it go. Over several nodes, either all ranks
-  // pass such memory to a collective or none: the pieces that nodes exchange differ.
+  // and page-aligned. It is unmapped when the result and release() have let it go.
   std::shared_ptr<const Allocation> allocate(Group& group, std::size_t num_bytes);
   // Local. The group's collectives no longer use in place what allocate() gave at `memory`.
   void release(Group& group, std::span<const std::byte> memory);

@@ -70,25 +70,27 @@ const Test threads("engine: two threads, each with groups of its own", Runs::on_
   }
 });
 
-const Test mismatch("engine: ranks that call different collectives get one error", Runs::on_ranks, [] {
-  Ranks ranks;
-  Engine& engine = ranks.engine;
-  const auto control = ranks.all();
-  const auto group = ranks.all();
-  if (engine.size() == 1) return;
-  std::vector<std::int64_t> values(3);
-  finish(engine, engine.all_reduce(*group, bytes_of(values), sum_of_int64));
-  const bool is_last = engine.rank() == engine.size() - 1;
-  const auto different = is_last ? engine.broadcast(*group, bytes_of(values), 1)
-                                 : engine.all_reduce(*group, bytes_of(values), sum_of_int64);
-  const auto queued = engine.barrier(*group);
-  const std::string last = std::to_string(engine.size() - 1);
-  const std::string text = "collective 1 of this group: rank 0 calls all_reduce(sum, 3 int64), rank " + last +
-                           " calls broadcast(root 1, 24 uint8)";
-  expect_throws<Mismatch>([&] { finish(engine, different); }, text);
-  expect_throws<Mismatch>([&] { finish(engine, queued); }, text);
-  expect_throws<Mismatch>([&] { finish(engine, engine.barrier(*group)); }, text);
-  finish(engine, engine.barrier(*control));  // other groups go on
+const Test mismatch("engine: ranks that call different collectives get one error, on one node and between nodes", Runs::on_ranks, [] {
+  for (const int max_ranks_per_node : {0, 1}) {
+    Ranks ranks(max_ranks_per_node);
+    Engine& engine = ranks.engine;
+    const auto control = ranks.all();
+    const auto group = ranks.all();
+    if (engine.size() == 1) return;
+    std::vector<std::int64_t> values(3);
+    finish(engine, engine.all_reduce(*group, bytes_of(values), sum_of_int64));
+    const bool is_last = engine.rank() == engine.size() - 1;
+    const auto different = is_last ? engine.broadcast(*group, bytes_of(values), 1)
+                                   : engine.all_reduce(*group, bytes_of(values), sum_of_int64);
+    const auto queued = engine.barrier(*group);
+    const std::string last = std::to_string(engine.size() - 1);
+    const std::string text = "collective 1 of this group: rank 0 calls all_reduce(sum, 3 int64), rank " + last +
+                             " calls broadcast(root 1, 24 uint8)";
+    expect_throws<Mismatch>([&] { finish(engine, different); }, text);
+    expect_throws<Mismatch>([&] { finish(engine, queued); }, text);
+    expect_throws<Mismatch>([&] { finish(engine, engine.barrier(*group)); }, text);
+    finish(engine, engine.barrier(*control));  // other groups go on
+  }
 });
 
 const Test left("engine: a rank that leaves is named to those who wait for it", Runs::on_ranks, [] {
