@@ -116,9 +116,10 @@ def is_openmpi() -> bool:
 def job_environment(job: JobSpec, **extra: str) -> dict[str, str]:
     environment = {**os.environ, **mpirun_environment(job.num_ranks)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    for name in ("DTRAIN_RANK_PID", "DTRAIN_RESTARTED", "PYTEST_CURRENT_TEST"):
+    # The last would have print write its arguments one by one, and mix the lines of ranks.
+    for name in ("DTRAIN_RANK_PID", "DTRAIN_RESTARTED", "PYTEST_CURRENT_TEST", "PYTHONUNBUFFERED"):
         environment.pop(name, None)
-    return environment | {"DTRAIN_RANKS_PER_NODE": str(job.ranks_per_node), "PYTHONUNBUFFERED": "1"} | extra
+    return environment | {"DTRAIN_RANKS_PER_NODE": str(job.ranks_per_node)} | extra
 
 
 def end(process: subprocess.Popen[Any], pids: Iterable[int] = ()) -> None:
@@ -172,12 +173,14 @@ class Launch:
         if None in of_rank and not any(report.failed for report in reports):
             absent = ", ".join(str(rank) for rank, found in enumerate(of_rank) if found is None)
             state = "had not ended it in time" if self._process.poll() is None else "died in it"
-            self.close()
-            reports = [_failure(item, f"rank {absent} of {self.job.num_ranks} {state}\n{self._logs()}")]
+            reports = [_failure(item, f"rank {absent} of {self.job.num_ranks} {state}")]
         elif is_last and not any(report.failed for report in reports):
             reports += self._end_of_job(item)
-        if any(report.failed for report in reports):
-            self.close()
+        for report in reports:
+            if report.failed:
+                self.close()
+                if logs := self._logs():  # of children, MPI, a crash
+                    report.sections.append(("printed past pytest", logs))
         return reports
 
     @property
@@ -199,10 +202,9 @@ class Launch:
         try:
             exit_code = self._process.wait(TEST_SECONDS + KILL_SECONDS)
         except subprocess.TimeoutExpired:
-            self.close()
-            return [_failure(item, f"the ranks did not exit\n{self._logs()}", "teardown")]
+            return [_failure(item, "the ranks did not exit", "teardown")]
         self.close()
-        return [_failure(item, f"mpirun ended with {exit_code}\n{self._logs()}", "teardown")] if exit_code else []
+        return [_failure(item, f"mpirun ended with {exit_code}", "teardown")] if exit_code else []
 
     def _logs(self) -> str:
         texts = []

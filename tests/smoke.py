@@ -16,9 +16,7 @@ expected = nn.functional.cross_entropy(model(inputs), targets).detach()
 
 trainer = create_distributed_trainer(model, num_gpus=num_ranks)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-loss = trainer.train_step(
-    inputs=inputs, targets=targets, criterion=nn.CrossEntropyLoss(), optimizer=optimizer
-)
+loss = trainer.train_step(inputs=inputs, targets=targets, criterion=nn.CrossEntropyLoss(), optimizer=optimizer)
 assert trainer.world_size == num_ranks
 torch.testing.assert_close(loss, expected)
 if trainer.rank == 0:

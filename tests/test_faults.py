@@ -227,7 +227,7 @@ def test_interrupt(run, what):
 
 def test_nan_is_no_fault(run):
     nan = "torch.full((4, 3), float('nan'))"
-    job = run(TRAINER + f"for _ in range(3):\n    loss = step(trainer, x={nan})\nprint(loss)\n")
+    job = run(TRAINER + f"for _ in range(3):\n    loss = step(trainer, x={nan})\nprint(loss, flush=True)\n")
     assert job.process.wait(START_SECONDS) == 0, job.err
     assert job.out.count("tensor(nan)") == 2
 
@@ -342,7 +342,7 @@ def test_no_restart(tmp_path, how):
 
 def test_num_gpus_under_a_launcher(run):
     """The launcher decides; another num_gpus gives one line, on rank 0."""
-    script = "trainer = create_distributed_trainer(model, num_gpus=3)\nprint('ranks', trainer.world_size)\n"
+    script = "trainer = create_distributed_trainer(model, num_gpus=3)\nprint('ranks', trainer.world_size, flush=True)\n"
     job = run(script)
     assert job.process.wait(START_SECONDS) == 0, job.err
     assert job.out.count("ranks 2") == 2
@@ -378,7 +378,7 @@ def test_no_litter(run, tmp_path):
             end(job.process, [pid for pid in job.pids if is_alive(pid)])
         time.sleep(0.5)
         after = {path for folder in folders for path in folder.rglob("*") if not is_in_use(path)} - before
-        left[name] = {re.sub(r"\d+|[0-9a-f]{6,}|[A-Za-z0-9]{6}$", "#", path.name) for path in after}
+        left[name] = {path.name[:6] for path in after}  # kinds; numbers of jobs come later in the name
         for path in after:
             if path.parent == Path("/dev/shm") and is_mine(path):
                 path.unlink(missing_ok=True)

