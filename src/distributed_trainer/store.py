@@ -18,7 +18,8 @@ class MPIStore(dist.Store):
     """Every rank holds all values: `set` sends to each other rank, `get` and `wait` collect what has come.
 
     Enough to bring up a process group, which sets a key once and reads others' keys. `add` and `compare_set` would need
-    one place that decides the order, and raise NotImplementedError.
+    one place that decides the order, and raise NotImplementedError. Keep a reference for as long as a PrefixStore of it
+    is in use: torch's objects hold only the part of it that is not Python.
 
     Args:
         mailbox: The engine's, of all ranks that share the store.

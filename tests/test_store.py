@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store over MPI, torch's own groups brought up over it, and `mpi://`."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+
+from distributed_trainer import job as jobs
+from distributed_trainer.backend import ProcessGroupShmpi
+from distributed_trainer.store import MPIStore
+
+some_ranks = on_ranks(2, 3, (3, 2))
+
+
+@some_ranks
+def test_store(world):
+    """What one rank sets, each gets; keys of all ranks arrive whole, large values too."""
+    whole = MPIStore(jobs.start(None, None).engine.create_mailbox())
+    store = dist.PrefixStore("test", whole)
+    store.set(f"key {world.rank}", bytes([world.rank]) * (1 + world.rank * 100_000))
+    for rank in range(world.size):
+        assert store.get(f"key {rank}") == bytes([rank]) * (1 + rank * 100_000)
+    assert not store.check(["other"])
+
+
+@some_ranks
+def test_store_times_out(world):
+    store = MPIStore(jobs.start(None, None).engine.create_mailbox())
+    with pytest.raises(
+        dist.DistStoreError, match=rf"rank {world.rank} waited 0.1 s for missing, which no rank has set"
+    ):
+        store.wait(["missing"], timedelta(seconds=0.1))
+    with pytest.raises(NotImplementedError):
+        store.add("key", 1)
+
+
+@some_ranks
+def test_inner_group(world):
+    """As on GPUs with NCCL: tensors of one device type go to a group of torch's, brought up over our store."""
+    job = jobs.start(None, None)
+    whole = MPIStore(job.engine.create_mailbox())
+    store = dist.PrefixStore("inner", whole)
+    made = []
+
+    def make_gloo():
+        made.append(dist.ProcessGroupGloo(store, world.rank, world.size, timedelta(seconds=20)))
+        return made[-1]
+
+    engine_group = job.engine.create_group(list(range(world.size)))
+    group = ProcessGroupShmpi(engine_group, job.module.ReduceOp, "cpu", make_gloo)
+    tensor = torch.full((5,), float(world.rank + 1))
+    group.allreduce([tensor]).wait()
+    assert tensor.tolist() == [sum(range(1, world.size + 1))] * 5
+    options = dist.BroadcastOptions()
+    options.rootRank = world.size - 1
+    group.broadcast([tensor.fill_(world.rank)], options).wait()
+    assert tensor.tolist() == [world.size - 1] * 5
+    gathered = torch.empty(world.size)
+    group._allgather_base(gathered, torch.tensor([float(world.rank)])).wait()
+    assert gathered.tolist() == list(range(world.size))
+    assert len(made) == 1
+
+
+@some_ranks
+def test_init_process_group(world):
+    """`mpi://` needs no address, port or rank; functions of torch.distributed run, sub-groups too."""
+    dist.init_process_group("shmpi", init_method="mpi://")
+    try:
+        assert (dist.get_rank(), dist.get_world_size()) == (world.rank, world.size)
+        tensor = torch.tensor([float(world.rank)])
+        dist.all_reduce(tensor)
+        assert tensor.item() == sum(range(world.size))
+        ends = dist.new_group([0, world.size - 1])
+        if world.rank in (0, world.size - 1):
+            dist.all_reduce(tensor.fill_(1 + world.rank), group=ends)
+            assert tensor.item() == 1 + world.size
+        parts = [torch.empty(1) for _ in range(world.size)]
+        dist.all_gather(parts, torch.tensor([float(world.rank)]))
+        assert [part.item() for part in parts] == list(range(world.size))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
