@@ -98,6 +98,19 @@ bool wait(const Pending& pending, std::optional<double> timeout_seconds) {
   return true;
 }
 
+// Raises `Error` as the Python exception `type`.
+template <class Error>
+void translate(nb::object type) {
+  const auto translator = [](const std::exception_ptr& error, void* python_type) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const Error& e) {
+      PyErr_SetString(static_cast<PyObject*>(python_type), e.what());
+    }
+  };
+  nb::register_exception_translator(translator, type.release().ptr());
+}
+
 template <class Call>
 Pending released(const EngineGroup& group, Call&& call) {
   const nb::gil_scoped_release release;
@@ -109,9 +122,9 @@ Pending released(const EngineGroup& group, Call&& call) {
 NB_MODULE(ENGINE_MODULE_NAME, m) {
   nb::set_leak_warnings(false);  // the engine lives until the process ends
   const nb::module_ errors = nb::module_::import_("distributed_trainer.errors");
-  nb::exception<Mismatch>(m, "RanksDisagree", errors.attr("MismatchError"));
-  nb::exception<RankLeft>(m, "RankLeft", errors.attr("DistributedTrainerError"));
-  nb::exception<mpi::Error>(m, "MPIError", errors.attr("DistributedTrainerError"));
+  translate<mpi::Error>(errors.attr("DistributedTrainerError"));
+  translate<RankLeft>(errors.attr("DistributedTrainerError"));
+  translate<Mismatch>(errors.attr("MismatchError"));
 
   nb::enum_<ReduceOp>(m, "ReduceOp")
       .value("SUM", ReduceOp::sum)

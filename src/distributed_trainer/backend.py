@@ -11,6 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    BroadcastOptions,
+    ReduceScatterOptions,
+)
 
 _OPERATIONS = {
     dist.ReduceOp.SUM: "SUM",
@@ -118,7 +124,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         """
         (tensor,) = tensors
         if inner := self._inner_for(tensor):
-            return inner.allreduce([tensor], opts or dist.AllreduceOptions())
+            return inner.allreduce([tensor], opts or AllreduceOptions())
         buffer = self._host_buffer(tensor)
         operation = self._group.all_reduce(buffer, self._reduce_op(opts))
         return self._start(operation, (buffer,), self._copy_back(tensor, buffer))
@@ -127,7 +133,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         """Copies the tensor of rank `opts.rootRank` to every rank. Collective."""
         (tensor,) = tensors
         if inner := self._inner_for(tensor):
-            return inner.broadcast([tensor], opts or dist.BroadcastOptions())
+            return inner.broadcast([tensor], opts or BroadcastOptions())
         root = 0 if opts is None else opts if isinstance(opts, int) else opts.rootRank
         buffer = self._host_buffer(tensor)
         operation = self._group.broadcast(_as_bytes(buffer), root)
@@ -136,7 +142,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
     def _allgather_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
         """Fills `output` with the `input` of all ranks, in their order. Collective; inputs have one shape."""
         if inner := self._inner_for(input):
-            return inner._allgather_base(output, input, opts or dist.AllgatherOptions())
+            return inner._allgather_base(output, input, opts or AllgatherOptions())
         source, target = self._host_buffer(input), self._host_buffer(output)
         operation = self._group.all_gather(_as_bytes(source), _as_bytes(target))
         return self._start(operation, (source, target), self._copy_back(output, target))
@@ -149,7 +155,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         """Like `_allgather_base`, into a list of one tensor for each rank. Collective."""
         (outputs,), (input,) = output_tensors, input_tensors
         if inner := self._inner_for(input):
-            return inner.allgather([outputs], [input], opts or dist.AllgatherOptions())
+            return inner.allgather([outputs], [input], opts or AllgatherOptions())
         gathered = torch.empty((len(outputs), *input.shape), dtype=input.dtype)
         source = self._host_buffer(input)
 
@@ -163,7 +169,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
     def _reduce_scatter_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
         """Leaves in `output` of rank r the reduction of everybody's part r of `input`. Collective."""
         if inner := self._inner_for(input):
-            return inner._reduce_scatter_base(output, input, opts or dist.ReduceScatterOptions())
+            return inner._reduce_scatter_base(output, input, opts or ReduceScatterOptions())
         source, target = self._host_buffer(input), self._host_buffer(output)
         operation = self._group.reduce_scatter(source, target, self._reduce_op(opts))
         return self._start(operation, (source, target), self._copy_back(output, target))
