@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ranks import everywhere, on_ranks
 
 from distributed_trainer import DistributedTrainerError, MismatchError
-from distributed_trainer.backend import ProcessGroupShmpi, gather_objects, message_device
+from distributed_trainer.backend import ProcessGroupShmpi, gather_bytes, gather_objects, message_device
 
 OPS = dist.ReduceOp
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -71,6 +71,20 @@ def test_all_reduce(world, dtype):
             tensor.copy_(values(world.rank, count, dtype))
             through.allreduce([tensor], options(op)).wait()
             torch.testing.assert_close(tensor, expected, msg=lambda text: f"{name} {op} {count}: {text}")  # noqa: B023
+
+
+@everywhere
+def test_gather_bytes(world):
+    group = world.group()
+    for length in (1, 512, (1 << 20) + 3):
+        messages = [bytes([rank + 1]) * length for rank in range(world.size)]
+        assert gather_bytes(group, messages[world.rank]) == messages
+
+
+@several
+def test_gather_bytes_of_different_lengths(world):
+    with pytest.raises(MismatchError, match=r"rank 0 calls all_gather\(1 uint8\), rank 1 calls all_gather\(2 uint8\)"):
+        gather_bytes(world.group(), bytes([0] * (1 + (world.rank == 1))))
 
 
 @everywhere

@@ -193,6 +193,24 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           },
           nb::arg("input"), nb::arg("output"))
       .def(
+          "gather_bytes",
+          [](const EngineGroup& self, const nb::bytes& message) {
+            struct Buffers {
+              std::vector<std::byte> mine, all;
+            };
+            const auto* data = static_cast<const std::byte*>(message.data());
+            const auto size = static_cast<std::size_t>(self.group->size());
+            const auto buffers = std::make_shared<Buffers>(
+                Buffers{.mine = {data, data + message.size()}, .all = std::vector<std::byte>(message.size() * size)});
+            const Pending pending = released(self, [&](Engine& e, Group& g) {
+              return e.all_gather(g, buffers->mine, buffers->all);
+            });
+            pending.operation->keep(buffers);  // a signal may end the wait early
+            wait(pending, std::nullopt);
+            return nb::bytes(buffers->all.data(), buffers->all.size());
+          },
+          nb::arg("message"), "The messages of all ranks, which have one length, in one piece. Collective, blocks.")
+      .def(
           "reduce_scatter",
           [](const EngineGroup& self, const Input& input, const Output& output, ReduceOp op) {
             const Reduction reduction{.dtype = dtype_of(output), .op = op};

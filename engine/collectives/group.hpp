@@ -27,6 +27,8 @@ class Operation {
   bool is_done() const { return done_.load(std::memory_order_acquire) != 0; }
   // Rethrows what the operation failed with. Only once it is done.
   void rethrow() const;
+  // Lets `buffers` live as long as the operation.
+  void keep(std::shared_ptr<const void> buffers) { buffers_ = std::move(buffers); }
   // For the engine: the word to sleep on.
   std::atomic<std::uint32_t>& done_word() { return done_; }
 
@@ -38,6 +40,7 @@ class Operation {
   bool posted_ = false;
   bool started_ = false;
   std::exception_ptr error_;
+  std::shared_ptr<const void> buffers_;
   std::atomic<std::uint32_t> done_{0};
 };
 

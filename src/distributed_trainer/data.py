@@ -148,7 +148,7 @@ def fingerprint(roots: Mapping[str, Any], read_devices: bool = False) -> bytes:
     for name, tree in roots.items():
         for path, leaf in leaves(tree, name):
             if isinstance(leaf, Tensor):
-                items.append(f"{path} {_dtype_name(leaf.dtype)}{list(leaf.shape)}{_place(leaf)}")
+                items.append(_description(path, leaf.dtype, leaf.shape, leaf.device.type))
                 if _is_read(leaf, read_devices):
                     tensors.append(leaf)
             elif leaf is None or isinstance(leaf, (bool, int, float, complex, str, bytes)):
@@ -162,8 +162,21 @@ def fingerprint(roots: Mapping[str, Any], read_devices: bool = False) -> bytes:
         used += len(sample)
         if _is_exact(tensor):
             checksum = zlib.crc32(_sample(tensor, _NUM_CHECKED_INTEGERS), checksum)
+    text_checksum, text = _text(tuple(items))
+    return _HEADER.pack(text_checksum, checksum, text) + values.tobytes()
+
+
+# Batches of a loader look alike, so what does not depend on their contents is worked out once.
+@functools.lru_cache(maxsize=64)
+def _description(path: str, dtype: torch.dtype, shape: torch.Size, device_type: str) -> str:
+    place = "" if device_type == "cpu" else f" on {device_type}"
+    return f"{path} {str(dtype).removeprefix('torch.')}{list(shape)}{place}"
+
+
+@functools.lru_cache(maxsize=64)
+def _text(items: tuple[str, ...]) -> tuple[int, bytes]:
     text = "; ".join(items).encode()
-    return _HEADER.pack(zlib.crc32(text), checksum, text[:_TEXT_BYTES]) + values.tobytes()
+    return zlib.crc32(text), text[:_TEXT_BYTES]
 
 
 def compare_fingerprints(
@@ -275,16 +288,6 @@ def _is_read(tensor: Tensor, read_devices: bool) -> bool:
 
 def _is_exact(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
-
-
-@functools.lru_cache(maxsize=64)
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _place(tensor: Tensor) -> str:
-    kind = tensor.device.type
-    return "" if kind == "cpu" else f" on {kind}"
 
 
 def _is_different(values: np.ndarray, exact: bool) -> np.ndarray:

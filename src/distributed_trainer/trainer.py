@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import job as jobs
-from .backend import message_device
+from .backend import gather_bytes
 from .batchnorm import GlobalBatchNorm
 from .criterion import criterion_name, is_known, local_loss, local_weight, split_criterion
 from .data import (
@@ -277,7 +277,9 @@ class DistributedTrainer:
         if is_ghost:
             inputs, targets = slice_batch((inputs, targets), 0, 1) if num_samples else zero_sample((inputs, targets))
             weight, num_samples = 0.0, 0
-        headers = [_PART_HEADER.unpack(row) for row in self._gather(_PART_HEADER.pack(num_samples, weight))]
+        headers = [
+            _PART_HEADER.unpack(row) for row in gather_bytes(self._group, _PART_HEADER.pack(num_samples, weight))
+        ]
         source = next((rank for rank, (samples, _) in enumerate(headers) if samples), None)
         if source is None:
             raise ValueError("no rank has a sample for this step; end the loop on every rank, as trainer.batches does")
@@ -327,7 +329,7 @@ class DistributedTrainer:
         if self.world_size == 1:
             return
         # Reading a device waits for it, but the last step has already done so for its loss.
-        gathered = self._gather(fingerprint(roots, read_devices=True))
+        gathered = gather_bytes(self._group, fingerprint(roots, read_devices=True))
         difference = compare_fingerprints(gathered, roots, read_devices=True)
         if difference is not None:
             raise MismatchError(difference)
@@ -343,7 +345,7 @@ class DistributedTrainer:
 
     def _agree(self, has_batch: bool, has_any: bool) -> bool:
         """Whether any rank has a batch. Collective."""
-        rows = self._gather(bytes([has_batch, has_any]))
+        rows = gather_bytes(self._group, bytes([has_batch, has_any]))
         if any(row[0] for row in rows):
             for rank, row in enumerate(rows):
                 if not row[1]:
@@ -352,11 +354,3 @@ class DistributedTrainer:
                         f"least one batch."
                     )
         return any(row[0] for row in rows)
-
-    def _gather(self, message: bytes) -> list[bytes]:
-        device = message_device(self._group)
-        own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device)
-        gathered = torch.empty(self.world_size * len(message), dtype=torch.uint8, device=device)
-        self._group._allgather_base(gathered, own).wait()
-        data = gathered.cpu().numpy().tobytes()
-        return [data[start : start + len(message)] for start in range(0, len(data), len(message))]
