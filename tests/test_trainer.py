@@ -15,7 +15,13 @@ from ranks import everywhere, on_ranks, one_node
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from distributed_trainer import DistributedTrainer, LaunchError, MismatchError, create_distributed_trainer
+from distributed_trainer import (
+    DistributedTrainer,
+    DistributedTrainerError,
+    LaunchError,
+    MismatchError,
+    create_distributed_trainer,
+)
 
 several = on_ranks(2, 3, 4, (2, 1), (3, 2), (4, 2))
 F64 = torch.float64
@@ -452,6 +458,26 @@ def test_attributes(world):
     assert not model.weight._post_accumulate_grad_hooks
     with create_distributed_trainer(model) as trainer:
         trainer.train_step(*batch(), nn.CrossEntropyLoss(), sgd(model))
+
+
+@on_ranks(1, 2, 3, 4)
+def test_close(world):
+    """A rank that waits for one that closed its trainer gets an error; other trainers go on."""
+    trainer, other = (create_distributed_trainer(linear()) for _ in range(2))
+    last = world.rank == world.size - 1
+    if last:
+        trainer.close()
+        trainer.close()
+        with pytest.raises(ValueError, match="was closed"):
+            trainer.train_step(*batch(), nn.CrossEntropyLoss(), sgd(trainer.model))
+    else:
+        with pytest.raises(DistributedTrainerError, match=f"rank {world.size - 1} has left the job, or closed its"):
+            trainer.train_step(*batch(), nn.CrossEntropyLoss(), sgd(trainer.model))
+    world.comm.Barrier()  # or the first of them to close would be named to the others
+    trainer.close()
+    for _ in range(2):
+        other.train_step(*batch(), nn.CrossEntropyLoss(), sgd(other.model))
+    other.close()
 
 
 @one_node

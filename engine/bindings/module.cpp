@@ -220,6 +220,13 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
             });
           },
           nb::arg("input"), nb::arg("output"), nb::arg("op") = ReduceOp::sum)
+      .def(
+          "close",
+          [](const EngineGroup& self) {
+            const nb::gil_scoped_release release;
+            self.engine->close_group(*self.group);
+          },
+          "This rank takes part in nothing more of this group. Local.")
       .def("barrier", [](const EngineGroup& self) {
         return released(self, [](Engine& e, Group& g) { return e.barrier(g); });
       });

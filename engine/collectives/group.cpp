@@ -123,7 +123,7 @@ void Group::check_all_here() const {
   const Operation& head = *queue_.front();
   if (!head.started_ ? local_.all_posted(num_finished_) : head.task_.is_ready()) return;
   throw RankLeft(
-      "rank " + std::to_string(ranks_of_node(node())[static_cast<std::size_t>(member)]) + " has left the job while rank " +
+      "rank " + std::to_string(ranks_of_node(node())[static_cast<std::size_t>(member)]) + " has left the job, or closed its trainer, while rank " +
       std::to_string(rank()) + " waits for it in " + head.call_.description() + ", collective " +
       std::to_string(num_finished_) + " of this group. Make the same number of calls on every rank");
 }

@@ -73,6 +73,10 @@ void LocalGroup::leave() {
   ring_others();
 }
 
+bool LocalGroup::has_left() const {
+  return headers_[static_cast<std::size_t>(local_rank_)]->has_left.load(std::memory_order_acquire) != 0;
+}
+
 int LocalGroup::first_left(std::uint64_t sequence) const {
   for (int member = 0; member < size(); ++member) {
     const Header& header = *headers_[static_cast<std::size_t>(member)];

@@ -72,6 +72,7 @@ class LocalGroup {
 
   // Says that this rank will take part in nothing more; members that wait for it then stop with an error.
   void leave();
+  bool has_left() const;
   // The first member that has left without completing call number `sequence`, or -1.
   int first_left(std::uint64_t sequence) const;
 

@@ -130,6 +130,24 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
   return group;
 }
 
+void Engine::close_group(Group& group) {
+  if (getpid() != owner_pid_) return;  // a forked child has not the group's memory
+  const std::scoped_lock lock(drive_mutex_);
+  leave(group);
+}
+
+// With drive_mutex_ held.
+void Engine::leave(Group& group) {
+  const auto entry = std::ranges::find(groups_, &group, &std::shared_ptr<Group>::get);
+  if (entry == groups_.end()) return;
+  group.local().leave();
+  take_inbox();  // submit() adds nothing to it from here on
+  group.fail(std::make_exception_ptr(std::runtime_error("this rank has closed the group or the engine")));
+  // MPI may give a freed communicator's number to the next one, and that would get what is still under way.
+  if (!group.has_abandoned()) left_communicators_.push_back(group.communicator());
+  groups_.erase(entry);
+}
+
 std::shared_ptr<mpi::Mailbox> Engine::create_mailbox() {
   require_open();
   drain();
@@ -206,6 +224,7 @@ std::shared_ptr<Operation> Engine::submit(Group& group, Call call, std::span<con
   {
     const std::scoped_lock lock(inbox_mutex_);
     if (is_closed_) throw std::runtime_error("the engine was closed: no collective can be called any more");
+    if (group.local().has_left()) throw std::runtime_error("this rank has closed the group: it takes part in nothing more");
     group.local().locate(buffer, call);
     operation = std::make_shared<Operation>(call, std::move(task));
     inbox_.emplace_back(&group, operation);
@@ -330,19 +349,12 @@ void Engine::close() {
     thread_.reset();
   }
   const std::scoped_lock lock(drive_mutex_);
-  take_inbox();
-  for (const auto& group : groups_) {
-    group->local().leave();
-    group->fail(std::make_exception_ptr(std::runtime_error("the engine was closed")));
-  }
+  while (!groups_.empty()) leave(*groups_.front());
   own_doorbell().ring();
   if (initialized_mpi_) {
     mpi::finalize();
   } else if (!mpi::is_finalized()) {
-    for (const auto& group : groups_) {
-      // MPI may give a freed communicator's number to the next one, and that would get what is still under way.
-      if (!group->has_abandoned()) group->communicator().close();
-    }
+    for (mpi::Communicator& communicator : left_communicators_) communicator.close();
     world_.close();
   }
 }

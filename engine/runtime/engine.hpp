@@ -43,6 +43,10 @@ class Engine {
   // Collective over `ranks`, in the order of the new group; blocks.
   std::shared_ptr<Group> create_group(std::span<const int> ranks);
 
+  // Local, a no-op in a forked child. This rank takes part in nothing more of `group`, whose memory goes with the last
+  // who holds it; its communicator is kept until the engine closes, since freeing it is collective.
+  void close_group(Group& group);
+
   // Collective over all ranks; blocks.
   std::shared_ptr<mpi::Mailbox> create_mailbox();
 
@@ -73,6 +77,7 @@ class Engine {
   std::shared_ptr<Operation> submit(Group& group, Call call, std::span<const std::byte> buffer, Task task);
   bool progress();
   void take_inbox();
+  void leave(Group& group);
   void require_open();
   Doorbell& own_doorbell() { return *doorbell_of_rank_[static_cast<std::size_t>(rank())]; }
   void drain();
@@ -94,6 +99,7 @@ class Engine {
 
   std::mutex drive_mutex_;  // held by whoever drives
   std::vector<std::shared_ptr<Group>> groups_;
+  std::vector<mpi::Communicator> left_communicators_;  // of closed groups, still to be freed
   std::atomic<bool> stopping_ = false;
   bool is_closed_ = false;
   std::unique_ptr<std::thread> thread_;

@@ -43,7 +43,7 @@ class Work(dist.Work):
 
         Raises:
             MismatchError: Ranks called different collectives. The same on every rank of a node.
-            DistributedTrainerError: A rank has left the job, MPI reports an error, or the time is over.
+            DistributedTrainerError: A rank has left or closed the group, MPI reports an error, or the time is over.
         """
         seconds = timeout.total_seconds() if timeout else None
         if not self._operation.wait(seconds):
@@ -120,6 +120,10 @@ class ProcessGroupShmpi(dist.ProcessGroup):
     def gather_bytes(self, message: bytes) -> bytes:
         """The messages of all ranks, which have one length, in one piece. Collective, blocks; takes a few us."""
         return self._group.gather_bytes(message)
+
+    def close(self) -> None:
+        """Takes part in nothing more. Local; ranks of this machine that still wait for this one get an error."""
+        self._group.close()
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
         """Reduces a tensor over all ranks, in place, to the same bits on each. Collective.

@@ -177,7 +177,7 @@ def _summary(module: Any, nodes: list[int], device: torch.device, threads: str) 
 
     size, num_nodes = len(nodes), max(nodes) + 1
     facts = [
-        module.library_version().split(",")[0],
+        " ".join(module.library_version().split(",")[0].split()),
         f"{count(size, 'rank')} on {count(num_nodes, 'machine')}",
         "CPU (no GPU found)" if device.type == "cpu" else f"one {device.type} device per rank",
         threads if size > 1 else f"{count(torch.get_num_threads(), 'thread')}",

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import job as jobs
-from .backend import gather_bytes
+from .backend import ProcessGroupShmpi, gather_bytes
 from .batchnorm import GlobalBatchNorm
 from .criterion import criterion_name, is_known, local_loss, local_weight, split_criterion
 from .data import (
@@ -137,12 +137,15 @@ class DistributedTrainer:
         # Two groups, since each has one order of calls: gradients become ready in another order than the calls of
         # forward and of this class are made.
         gradient_group, self._group = groups
+        # A group of torch's stays: its other users, or a forked worker's garbage collector, must find it whole.
+        self._own_groups = [group for group in groups if isinstance(group, ProcessGroupShmpi)]
         self.model = model
         self.rank: int = self._group.rank()
         self.world_size: int = self._group.size()
         self.local_rank = local_rank
         self.device = device
         self._split_batches = split_batches
+        self._is_closed = False
         self._is_out_of_data = False
         self._known_criteria: set[str] = set()
         self._known_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -182,7 +185,7 @@ class DistributedTrainer:
             TypeError, ValueError: An argument is not what is described here. Raised before any communication.
             MismatchError: With whole batches, the ranks' batches differ. The same on every rank, before any has
                 changed its parameters.
-            DistributedTrainerError: A rank has left the job, or the transport failed.
+            DistributedTrainerError: A rank has left the job or closed its trainer, or the transport failed.
         """
         self._check_arguments(criterion, optimizer)
         part = self._part(inputs, targets, criterion)
@@ -240,8 +243,14 @@ class DistributedTrainer:
                 self._is_out_of_data = False
 
     def close(self) -> None:
-        """Lets go of the model: its gradients are no longer summed. Local; MPI goes on until the process ends."""
+        """Lets go of the model: its gradients are no longer summed. Local; MPI goes on until the process ends.
+
+        Ranks of this machine that still wait for this one get an error.
+        """
+        self._is_closed = True
         self._gradients.close()
+        for group in self._own_groups:
+            group.close()
 
     def __enter__(self) -> DistributedTrainer:
         return self
@@ -287,6 +296,8 @@ class DistributedTrainer:
         return _Part(inputs, targets, criterion, weight, total, is_ghost, source)
 
     def _check_arguments(self, criterion: Any, optimizer: Any) -> None:
+        if self._is_closed:
+            raise ValueError("this trainer was closed; make another with create_distributed_trainer")
         if not callable(criterion):
             raise TypeError(f"criterion must be callable, such as nn.CrossEntropyLoss(), not {criterion!r}")
         if not isinstance(optimizer, torch.optim.Optimizer):
