@@ -97,6 +97,16 @@ class World:
         return ProcessGroupShmpi(started.engine.create_group(members), started.module.ReduceOp)
 
 
+def mapped_bytes() -> int:
+    """How much memory that it shares with other ranks this process has mapped."""
+    total = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "memfd:" in line:
+            start, stop = (int(number, 16) for number in line.split()[0].split("-"))
+            total += stop - start
+    return total
+
+
 # ---- launching, for test_faults.py as well
 
 

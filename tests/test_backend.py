@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import everywhere, on_ranks
+from ranks import everywhere, mapped_bytes, on_ranks
 
 from distributed_trainer import DistributedTrainerError, MismatchError
 from distributed_trainer.backend import ProcessGroupShmpi, gather_bytes, gather_objects, message_device
@@ -381,16 +381,6 @@ def test_allocate(world):
     del view
     group.barrier().wait()  # the group keeps the buffers of its last call until the next one
     assert mapped_bytes() - before < 1 << 20
-
-
-def mapped_bytes():
-    total = 0
-    with open("/proc/self/maps") as maps:
-        for line in maps:
-            if "memfd:" in line:
-                start, stop = (int(number, 16) for number in line.split()[0].split("-"))
-                total += stop - start
-    return total
 
 
 @everywhere

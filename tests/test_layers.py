@@ -17,6 +17,7 @@ __main__
 __init__
 trainer
 data criterion batchnorm gradients replicas
+buckets
 job
 backend
 store devices launch

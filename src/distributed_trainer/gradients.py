@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of all ranks summed in buckets, while backward still runs.
 
-A bucket is a flat buffer for the gradients of consecutive parameters; where the process group has memory of its own
-(`allocate`), it lies there and is reduced in place. One step:
+A bucket (`buckets.py`) takes the gradients of consecutive parameters. One step:
 
 1. `start` forgets what arrived before.
 2. As soon as autograd has finished a gradient, a hook copies it to its place in its bucket, once, while it is warm in
@@ -26,22 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from .backend import gather_objects, message_device
+from .buckets import Bucket
 from .errors import DistributedTrainerError, MismatchError
 
 # Large enough that a call costs little against its transfer, small enough that most are on their way before the end.
 BUCKET_BYTES = 4 << 20
-
-
-@dataclass
-class _Bucket:
-    buffer: Tensor
-    """Flat, of one dtype and device."""
-    parameters: list[int]
-    """Numbers of the parameters in it."""
-    views: list[Tensor]
-    """Their places, of their shapes."""
-    num_missing: int = 0
-    work: Any = None
 
 
 @dataclass
@@ -68,8 +56,7 @@ class GradientSum:
         self._group = process_group
         self._states = [_State(name, parameter) for name, parameter in parameters]
         self._trainable: list[bool] = []
-        self._buckets: list[_Bucket] = []
-        self._memory: list[Tensor] = []
+        self._buckets: list[Bucket] = []
         self._arrivals: list[int] = []
         self._num_started = 0
         self._is_active = False
@@ -90,8 +77,7 @@ class GradientSum:
         if trainable != self._trainable:
             self._watch(trainable)
         for bucket in self._buckets:
-            bucket.num_missing = len(bucket.parameters)
-            bucket.work = None
+            bucket.reset()
         self._arrivals.clear()
         self._num_started = 0
         self._leave_out = leave_out
@@ -117,21 +103,21 @@ class GradientSum:
             self._build()
         for number in range(self._num_started, len(self._buckets)):
             bucket = self._buckets[number]
-            for index, view in zip(bucket.parameters, bucket.views, strict=True):
+            for index, view in zip(bucket.indices, bucket.views, strict=True):
                 state = self._states[index]
                 if not state.has_arrived:
                     view.zero_()
                 elif state.parameter.grad is not view:  # of the first step
                     self._take(state, view)
-            self._reduce(bucket)
+            bucket.start()
         own = [state.has_arrived and not self._leave_out for state in self._states]
         is_missing = any(needed and not used for needed, used in zip(self._trainable, own, strict=True))
         *sums, num_missing = self._sum([*numbers, float(is_missing)], torch.float64)
         num_users = self._sum(own, torch.int32) if num_missing else None
         for bucket in self._buckets:
-            bucket.work.wait()
+            bucket.finish()
         for bucket in self._buckets:
-            for index, view in zip(bucket.parameters, bucket.views, strict=True):
+            for index, view in zip(bucket.indices, bucket.views, strict=True):
                 self._states[index].parameter.grad = view if num_users is None or num_users[index] else None
         return sums
 
@@ -159,10 +145,9 @@ class GradientSum:
     def _drop_buckets(self) -> None:
         for state in self._states:
             state.view = None
+        for bucket in self._buckets:
+            bucket.close()
         self._buckets = []
-        for memory in self._memory:
-            self._group.release(memory)
-        self._memory = []
 
     def _arrived(self, index: int) -> None:
         if not self._is_active:
@@ -171,7 +156,7 @@ class GradientSum:
         if state.has_arrived:
             # A second contribution of the same backward, as with reentrant checkpointing. Autograd has added it to
             # the place in the bucket, which is right until the bucket was sent.
-            if self._buckets and self._buckets[state.bucket].work is not None:
+            if self._buckets and self._buckets[state.bucket].is_started:
                 raise DistributedTrainerError(
                     f"the gradient of {state.name} got a second contribution after its bucket was sent. Use "
                     f"non-reentrant activation checkpointing (use_reentrant=False)."
@@ -184,7 +169,7 @@ class GradientSum:
         self._take(state, state.view)
         self._buckets[state.bucket].num_missing -= 1
         while self._num_started < len(self._buckets) and not self._buckets[self._num_started].num_missing:
-            self._reduce(self._buckets[self._num_started])
+            self._buckets[self._num_started].start()
             self._num_started += 1
 
     def _take(self, state: _State, view: Tensor) -> None:
@@ -193,9 +178,6 @@ class GradientSum:
         else:
             view.copy_(state.parameter.grad)
         state.parameter.grad = view
-
-    def _reduce(self, bucket: _Bucket) -> None:
-        bucket.work = self._group.allreduce([bucket.buffer])
 
     def _sum(self, values: list[Any], dtype: torch.dtype) -> list[Any]:
         tensor = torch.tensor(values, dtype=dtype, device=message_device(self._group))
@@ -216,7 +198,10 @@ class GradientSum:
         order = gathered[0][0]
         order = order + [index for index in reversed(trainable) if index not in set(order)]
         for run in self._runs(order):
-            self._buckets.append(self._make_bucket(run))
+            bucket = Bucket(self._group, run, [self._states[index].parameter for index in run])
+            for index, view in zip(run, bucket.views, strict=True):
+                self._states[index].bucket, self._states[index].view = len(self._buckets), view
+            self._buckets.append(bucket)
 
     def _runs(self, order: list[int]) -> Iterable[list[int]]:
         """Cuts the order, within each dtype and device, into pieces of about BUCKET_BYTES."""
@@ -234,26 +219,6 @@ class GradientSum:
                 open_runs[kind] = (run, num_bytes)
         for run, _ in open_runs.values():
             yield run
-
-    def _make_bucket(self, run: list[int]) -> _Bucket:
-        parameters = [self._states[index].parameter for index in run]
-        dtype, device = parameters[0].dtype, parameters[0].device
-        num_elements = sum(parameter.numel() for parameter in parameters)
-        if device.type == "cpu" and hasattr(self._group, "allocate"):
-            memory = self._group.allocate(max(1, num_elements) * parameters[0].element_size())
-            self._memory.append(memory)
-            buffer = memory.view(dtype)[:num_elements]
-        else:
-            buffer = torch.zeros(num_elements, dtype=dtype, device=device)
-        pieces = buffer.split([parameter.numel() for parameter in parameters])
-        views = []
-        for piece, parameter in zip(pieces, parameters, strict=True):
-            # With strides like the parameter's (channels-last), so that the copy and the optimizer run straight.
-            views.append(piece.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride()))
-        number = len(self._buckets)
-        for index, view in zip(run, views, strict=True):
-            self._states[index].bucket, self._states[index].view = number, view
-        return _Bucket(buffer, run, views)
 
 
 def _difference(rank: int, first: list[Any], other: list[Any]) -> str:
