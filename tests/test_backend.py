@@ -74,6 +74,18 @@ def test_all_reduce(world, dtype):
 
 
 @everywhere
+def test_lazy_views(world):
+    """A conjugate is a view of memory that holds other values."""
+    group = world.group()
+    own = torch.tensor([complex(world.rank, 1)]).conj()
+    gathered = torch.empty(world.size, dtype=torch.complex64)
+    group._allgather_base(gathered, own).wait()
+    assert gathered.tolist() == [complex(rank, -1) for rank in range(world.size)]
+    group.broadcast([own]).wait()
+    assert own.tolist() == [complex(0, -1)]
+
+
+@everywhere
 def test_gather_bytes(world):
     group = world.group()
     for length in (1, 512, (1 << 20) + 3):

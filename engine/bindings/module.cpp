@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The boundary to Python: DLPack views in, spans on. Every call that may block releases the GIL. Buffers must stay alive
-// until their operation is done; backend.py sees to that.
+// The boundary to Python: DLPack views in (tensor.hpp), spans on. Every call that may block releases the GIL. Tensors
+// must stay alive until their operation is done; backend.py sees to that.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -14,6 +14,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "bindings/tensor.hpp"
 #include "collectives/errors.hpp"
 #include "kernels/reduce.hpp"
 #include "mpi/library.hpp"
@@ -26,8 +27,6 @@ namespace nb = nanobind;
 namespace {
 
 using namespace dtrain;
-using Input = nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>;
-using Output = nb::ndarray<nb::device::cpu, nb::c_contig>;
 
 // What Python holds: the engine goes last, whatever order the garbage collector takes.
 struct EngineGroup {
@@ -39,43 +38,6 @@ struct Pending {
   std::shared_ptr<Engine> engine;
   std::shared_ptr<Operation> operation;
 };
-
-template <class Array>
-DataType dtype_of(const Array& array) {
-  using Code = nb::dlpack::dtype_code;
-  const nb::dlpack::dtype dtype = array.dtype();
-  if (dtype.lanes == 1) {
-    switch (static_cast<Code>(dtype.code)) {
-      case Code::Float:
-        if (dtype.bits == 32) return DataType::float32;
-        if (dtype.bits == 64) return DataType::float64;
-        if (dtype.bits == 16) return DataType::float16;
-        break;
-      case Code::Bfloat:
-        if (dtype.bits == 16) return DataType::bfloat16;
-        break;
-      case Code::Int:
-        if (dtype.bits == 32) return DataType::int32;
-        if (dtype.bits == 64) return DataType::int64;
-        break;
-      case Code::UInt:
-        if (dtype.bits == 8) return DataType::uint8;
-        break;
-      case Code::Bool: return DataType::boolean;
-      default: break;
-    }
-  }
-  throw nb::type_error(
-      "reductions take float32, float64, bfloat16, float16, int32, int64, uint8 and bool tensors");
-}
-
-std::span<const std::byte> bytes_of(const Input& array) {
-  return {static_cast<const std::byte*>(array.data()), array.nbytes()};
-}
-
-std::span<std::byte> bytes_of(const Output& array) {
-  return {static_cast<std::byte*>(array.data()), array.nbytes()};
-}
 
 // Waits with the GIL released, looking for signals now and then. Returns false after `timeout_seconds`.
 bool wait(const Pending& pending, std::optional<double> timeout_seconds) {
@@ -166,30 +128,33 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           "Memory in which this group's collectives need no copies, zeroed. Collective, blocks.")
       .def(
           "release",
-          [](const EngineGroup& self, const Input& memory) {
+          [](const EngineGroup& self, nb::handle memory) {
+            const auto bytes = memory_of(memory).bytes;
             const nb::gil_scoped_release release;
-            self.engine->release(*self.group, bytes_of(memory));
+            self.engine->release(*self.group, bytes);
           },
           nb::arg("memory"), "Forgets memory of allocate(); it goes with its last view. Local.")
       .def(
           "all_reduce",
-          [](const EngineGroup& self, const Output& buffer, ReduceOp op) {
-            const Reduction reduction{.dtype = dtype_of(buffer), .op = op};
-            return released(self, [&](Engine& e, Group& g) { return e.all_reduce(g, bytes_of(buffer), reduction); });
+          [](const EngineGroup& self, nb::handle buffer, ReduceOp op) {
+            const auto [bytes, dtype] = reducible_memory_of(buffer);
+            const Reduction reduction{.dtype = *dtype, .op = op};
+            return released(self, [&](Engine& e, Group& g) { return e.all_reduce(g, bytes, reduction); });
           },
           nb::arg("buffer"), nb::arg("op") = ReduceOp::sum)
       .def(
           "broadcast",
-          [](const EngineGroup& self, const Output& buffer, int root) {
-            return released(self, [&](Engine& e, Group& g) { return e.broadcast(g, bytes_of(buffer), root); });
+          [](const EngineGroup& self, nb::handle buffer, int root) {
+            const auto bytes = memory_of(buffer).bytes;
+            return released(self, [&](Engine& e, Group& g) { return e.broadcast(g, bytes, root); });
           },
           nb::arg("buffer"), nb::arg("root"))
       .def(
           "all_gather",
-          [](const EngineGroup& self, const Input& input, const Output& output) {
-            return released(self, [&](Engine& e, Group& g) {
-              return e.all_gather(g, bytes_of(input), bytes_of(output));
-            });
+          [](const EngineGroup& self, nb::handle input, nb::handle output) {
+            const auto source = memory_of(input).bytes;
+            const auto target = memory_of(output).bytes;
+            return released(self, [&](Engine& e, Group& g) { return e.all_gather(g, source, target); });
           },
           nb::arg("input"), nb::arg("output"))
       .def(
@@ -212,11 +177,13 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           nb::arg("message"), "The messages of all ranks, which have one length, in one piece. Collective, blocks.")
       .def(
           "reduce_scatter",
-          [](const EngineGroup& self, const Input& input, const Output& output, ReduceOp op) {
-            const Reduction reduction{.dtype = dtype_of(output), .op = op};
-            if (dtype_of(input) != reduction.dtype) throw nb::type_error("reduce_scatter: input and output differ in type");
+          [](const EngineGroup& self, nb::handle input, nb::handle output, ReduceOp op) {
+            const TensorMemory source = reducible_memory_of(input);
+            const TensorMemory target = reducible_memory_of(output);
+            if (source.dtype != target.dtype) throw nb::type_error("reduce_scatter: input and output differ in type");
+            const Reduction reduction{.dtype = *target.dtype, .op = op};
             return released(self, [&](Engine& e, Group& g) {
-              return e.reduce_scatter(g, bytes_of(input), bytes_of(output), reduction);
+              return e.reduce_scatter(g, source.bytes, target.bytes, reduction);
             });
           },
           nb::arg("input"), nb::arg("output"), nb::arg("op") = ReduceOp::sum)

@@ -144,7 +144,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
             return inner.broadcast([tensor], opts or BroadcastOptions())
         root = 0 if opts is None else opts if isinstance(opts, int) else opts.rootRank
         buffer = self._host_buffer(tensor)
-        operation = self._group.broadcast(_as_bytes(buffer), root)
+        operation = self._group.broadcast(buffer, root)
         return self._start(operation, (buffer,), self._copy_back(tensor, buffer))
 
     def _allgather_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
@@ -152,7 +152,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         if inner := self._inner_for(input):
             return inner._allgather_base(output, input, opts or AllgatherOptions())
         source, target = self._host_buffer(input), self._host_buffer(output)
-        operation = self._group.all_gather(_as_bytes(source), _as_bytes(target))
+        operation = self._group.all_gather(source, target)
         return self._start(operation, (source, target), self._copy_back(output, target))
 
     all_gather_single = _allgather_base  # its name from torch 2.13 on
@@ -171,7 +171,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
             for output, part in zip(outputs, gathered, strict=True):
                 output.copy_(part)
 
-        operation = self._group.all_gather(_as_bytes(source), _as_bytes(gathered))
+        operation = self._group.all_gather(source, gathered)
         return self._start(operation, (source, gathered), distribute)
 
     def _reduce_scatter_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
@@ -196,17 +196,18 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         return Work(operation, finish)
 
     def _inner_for(self, tensor: Tensor) -> Any:
-        if tensor.device.type != self._inner_device:
+        if self._inner_device is None or tensor.device.type != self._inner_device:
             return None
         if self._inner is None:
             self._inner = self._make_inner()
         return self._inner
 
     def _host_buffer(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and not self._always_stage:
+        on_accelerator = not tensor.is_cpu
+        is_lazy = tensor.is_conj() or tensor.is_neg()  # its memory holds other values
+        if tensor.is_contiguous() and not (on_accelerator or is_lazy or self._always_stage):
             return tensor
-        on_accelerator = tensor.device.type != "cpu"
+        tensor = tensor.detach()
         buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_accelerator)
         buffer.copy_(tensor, non_blocking=True)
         if on_accelerator:
@@ -214,22 +215,16 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         return buffer
 
     def _copy_back(self, tensor: Tensor, buffer: Tensor) -> Callable[[], None] | None:
-        if buffer.data_ptr() == tensor.data_ptr():
+        if buffer is tensor:
             return None
         return lambda: tensor.detach().copy_(buffer)
 
     def _reduce_op(self, opts: Any) -> Any:
-        op = getattr(opts, "reduceOp", opts)
-        if op is None:
-            op = dist.ReduceOp.SUM
+        op = dist.ReduceOp.SUM if opts is None else getattr(opts, "reduceOp", opts)
         for known, name in _OPERATIONS.items():
             if op == known:
                 return getattr(self._operations, name)
         raise ValueError(f"shmpi reduces by {', '.join(_OPERATIONS.values())}, not by {op}")
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def message_device(process_group: dist.ProcessGroup) -> torch.device:
