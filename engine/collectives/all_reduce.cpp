@@ -2,6 +2,7 @@
 #include "collectives/all_reduce.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <utility>
 
@@ -11,9 +12,6 @@
 namespace dtrain {
 namespace {
 
-// Where the memory of all ranks is in reach, only the length of one MPI transfer bounds a piece of work.
-constexpr std::size_t max_piece_bytes = std::size_t{1} << 29;
-
 // Where `slice`, a part of the work at own_place, lies at every local rank.
 std::vector<std::byte*> slice_places(const std::vector<std::byte*>& places, std::span<const std::byte> slice,
                                      const std::byte* own_place) {
@@ -22,21 +20,68 @@ std::vector<std::byte*> slice_places(const std::vector<std::byte*>& places, std:
   return of_slice;
 }
 
-}  // namespace
+// On one node, in memory that all members allocated together: each carrier reads and writes all ranks' buffers. That
+// all have made the call says that their buffers are filled.
+Task reduce_in_place(Group& group, std::span<const std::byte> buffer, std::vector<std::byte*> places,
+                     Reduction reduction) {
+  LocalGroup& local = group.local();
+  const auto own_local = static_cast<std::size_t>(local.rank());
+  const auto slice = part_of(buffer, own_local, places.size());
+  const auto of_slice = slice_places(places, slice, buffer.data());
+  reduce({of_slice.begin(), of_slice.end()}, of_slice, slice.size() / element_bytes(reduction.dtype), reduction);
+  auto reduced = local.barrier();
+  co_await reduced;
+}
 
-Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction) {
-  if (group.size() == 1 || buffer.empty()) co_return;
+// On one node, in any memory: what others carry is copied to the scratch memory, and their results from there. What a
+// rank carries itself it reads and writes in place.
+Task reduce_through_scratch(Group& group, std::span<std::byte> buffer, Reduction reduction) {
+  LocalGroup& local = group.local();
+  const auto own = static_cast<std::size_t>(local.rank());
+  const auto num_local = static_cast<std::size_t>(local.size());
+  for (std::size_t start = 0; start < buffer.size(); start += LocalGroup::scratch_bytes) {
+    const auto work = buffer.subspan(start, std::min(LocalGroup::scratch_bytes, buffer.size() - start));
+    const std::vector<std::byte*> scratch = local.next_scratch();
+    const auto slice_of = [&](std::size_t carrier) { return part_of(work, carrier, num_local); };
+    const auto in_scratch = [&](std::size_t rank, std::span<std::byte> slice) {
+      return scratch[rank] + (slice.data() - work.data());
+    };
+    for (std::size_t peer = 0; peer < num_local; ++peer) {
+      const auto slice = slice_of(peer);
+      if (peer != own) std::memcpy(in_scratch(own, slice), slice.data(), slice.size());
+    }
+    auto filled = local.barrier();
+    co_await filled;
+
+    const auto carried = slice_of(own);
+    std::vector<const std::byte*> sources;
+    for (std::size_t rank = 0; rank < num_local; ++rank) {
+      sources.push_back(rank == own ? carried.data() : in_scratch(rank, carried));
+    }
+    const std::array<std::byte*, 2> destinations{carried.data(), in_scratch(own, carried)};
+    reduce(sources, destinations, carried.size() / element_bytes(reduction.dtype), reduction);
+    auto reduced = local.barrier();
+    co_await reduced;
+
+    for (std::size_t peer = 0; peer < num_local; ++peer) {
+      const auto slice = slice_of(peer);
+      if (peer != own) std::memcpy(slice.data(), in_scratch(peer, slice), slice.size());
+    }
+  }
+}
+
+Task reduce_between_nodes(Group& group, std::span<std::byte> buffer, std::vector<std::byte*> shared,
+                          Reduction reduction) {
+  // Where the memory of all ranks is in reach, only the length of one MPI transfer bounds a piece of work.
+  constexpr std::size_t max_piece_bytes = std::size_t{1} << 29;
   LocalGroup& local = group.local();
   const auto own_local = static_cast<std::size_t>(local.rank());
   const auto num_local = static_cast<std::size_t>(local.size());
-  const bool one_node = group.num_nodes() == 1;
   const std::size_t slice_count = num_slices(group);
   const std::size_t width = element_bytes(reduction.dtype);
-
   Reduction last = reduction;  // the average's division comes with the last reduction of an element
-  if (reduction.op == ReduceOp::average) last.scale = 1.0 / group.size();
+  reduction.scale = 1.0;
 
-  const std::vector<std::byte*> shared = group.shared_buffers();
   const std::size_t step = shared.empty() ? LocalGroup::scratch_bytes : max_piece_bytes;
   for (std::size_t start = 0; start < buffer.size(); start += step) {
     const auto work = buffer.subspan(start, std::min(step, buffer.size() - start));
@@ -54,25 +99,23 @@ Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction) 
     for (std::size_t s = own_local; s < slice_count; s += num_local) {
       const auto slice = part_of(own, s, slice_count);
       const auto sources = slice_places(places, slice, own.data());
-      const auto destinations = one_node && !shared.empty() ? sources : std::vector<std::byte*>{slice.data()};
-      reduce({sources.begin(), sources.end()}, destinations, slice.size() / width, one_node ? last : reduction);
+      std::byte* const destination = slice.data();
+      reduce({sources.begin(), sources.end()}, {&destination, 1}, slice.size() / width, reduction);
       carried.push_back({s, slice});
     }
 
-    if (!one_node) {
-      NodeExchange exchange(group, carried);
-      std::vector<mpi::Transfer> transfers = exchange.scatter();
-      auto scattered = Until([&transfers] { return mpi::test_all(transfers); });
-      co_await scattered;
-      exchange.reduce(last);
-      transfers = exchange.gather();
-      auto gathered = Until([&transfers] { return mpi::test_all(transfers); });
-      co_await gathered;
-      for (const auto& [number, slice] : carried) {
-        if (shared.empty()) break;
-        for (std::byte* place : slice_places(places, slice, own.data())) {
-          if (place != slice.data()) std::memcpy(place, slice.data(), slice.size());
-        }
+    NodeExchange exchange(group, carried);
+    std::vector<mpi::Transfer> transfers = exchange.scatter();
+    auto scattered = Until([&transfers] { return mpi::test_all(transfers); });
+    co_await scattered;
+    exchange.reduce(last);
+    transfers = exchange.gather();
+    auto gathered = Until([&transfers] { return mpi::test_all(transfers); });
+    co_await gathered;
+    for (const auto& [number, slice] : carried) {
+      if (shared.empty()) break;
+      for (std::byte* place : slice_places(places, slice, own.data())) {
+        if (place != slice.data()) std::memcpy(place, slice.data(), slice.size());
       }
     }
 
@@ -83,6 +126,19 @@ Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction) 
       std::memcpy(result.data(), places[s % num_local] + (result.data() - work.data()), result.size());
     }
   }
+}
+
+Task nothing() { co_return; }
+
+}  // namespace
+
+Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction) {
+  if (group.size() == 1 || buffer.empty()) return nothing();
+  if (reduction.op == ReduceOp::average) reduction.scale = 1.0 / group.size();
+  std::vector<std::byte*> shared = group.shared_buffers();
+  if (group.num_nodes() > 1) return reduce_between_nodes(group, buffer, std::move(shared), reduction);
+  if (shared.empty()) return reduce_through_scratch(group, buffer, reduction);
+  return reduce_in_place(group, buffer, std::move(shared), reduction);
 }
 
 }  // namespace dtrain

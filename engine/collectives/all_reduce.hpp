@@ -8,7 +8,8 @@
 
 namespace dtrain {
 
-// Reduces `buffer` over all ranks of `group`, in place. Collective; every rank ends with the same bits.
+// Reduces `buffer` over all ranks of `group`, in place. Collective; every rank ends with the same bits. To be called
+// once the calls of all ranks are known.
 //
 // P local ranks on this node, N nodes, L = the largest P of any node.
 // 1. Each rank's data is where its node can read it: in place if all allocated the buffer together, else copied piece

@@ -59,20 +59,20 @@ bool Group::progress() {
 
 bool Group::advance_head() {
   Operation& head = *queue_.front();
-  if (!head.started_) {
+  if (!head.task_) {
     if (!head.posted_ || !local_.all_posted(num_finished_)) {
       check_all_here();
       return false;
     }
     if (!know_all_calls()) return false;
     check_calls();
-    head.started_ = true;
+    head.task_ = head.start_();
   }
-  if (!head.task_.advance()) {
+  if (!head.task_->advance()) {
     check_all_here();
     return false;
   }
-  if (head.task_.done()) {
+  if (head.task_->done()) {
     local_.complete(num_finished_);
     finish_head(nullptr);
   }
@@ -121,7 +121,7 @@ void Group::check_all_here() const {
   if (member < 0 || member == local_.rank()) return;
   // It may have come to where this rank waits, and left after that; then what is waited for has come by now.
   const Operation& head = *queue_.front();
-  if (!head.started_ ? local_.all_posted(num_finished_) : head.task_.is_ready()) return;
+  if (!head.task_ ? local_.all_posted(num_finished_) : head.task_->is_ready()) return;
   throw RankLeft(
       "rank " + std::to_string(ranks_of_node(node())[static_cast<std::size_t>(member)]) + " has left the job, or closed its trainer, while rank " +
       std::to_string(rank()) + " waits for it in " + head.call_.description() + ", collective " +
@@ -135,7 +135,7 @@ void Group::finish_head(std::exception_ptr error) {
   if (error) {
     abandoned_.push_back(head);  // MPI may still write into its buffers
   } else {
-    const Task finished = std::move(head->task_);  // and its temporary memory with it
+    head->task_.reset();  // and its temporary memory with it
   }
   head->error_ = std::move(error);
   head->done_.store(1, std::memory_order_release);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -22,7 +23,8 @@ namespace dtrain {
 // runs it is closed.
 class Operation {
  public:
-  Operation(const Call& call, Task task) : call_(call), task_(std::move(task)) {}
+  // `start` makes the task once all ranks are known to call the same, so it may look at what they call.
+  Operation(const Call& call, std::function<Task()> start) : call_(call), start_(std::move(start)) {}
 
   bool is_done() const { return done_.load(std::memory_order_acquire) != 0; }
   // Rethrows what the operation failed with. Only once it is done.
@@ -36,9 +38,9 @@ class Operation {
   friend class Group;
 
   Call call_;
-  Task task_;
+  std::function<Task()> start_;
+  std::optional<Task> task_;
   bool posted_ = false;
-  bool started_ = false;
   std::exception_ptr error_;
   std::shared_ptr<const void> buffers_;
   std::atomic<std::uint32_t> done_{0};

@@ -175,7 +175,7 @@ void Engine::release(Group& group, std::span<const std::byte> memory) {
 std::shared_ptr<Operation> Engine::all_reduce(Group& group, std::span<std::byte> buffer, const Reduction& reduction) {
   const Call call{.collective = Collective::all_reduce, .dtype = reduction.dtype, .op = reduction.op,
                   .count = buffer.size() / element_bytes(reduction.dtype)};
-  return submit(group, call, buffer, dtrain::all_reduce(group, buffer, reduction));
+  return submit(group, call, buffer, [&group, buffer, reduction] { return dtrain::all_reduce(group, buffer, reduction); });
 }
 
 std::shared_ptr<Operation> Engine::broadcast(Group& group, std::span<std::byte> buffer, int root) {
@@ -184,7 +184,7 @@ std::shared_ptr<Operation> Engine::broadcast(Group& group, std::span<std::byte> 
                                 std::to_string(group.size() - 1));
   }
   const Call call{.collective = Collective::broadcast, .dtype = DataType::uint8, .root = root, .count = buffer.size()};
-  return submit(group, call, buffer, dtrain::broadcast(group, buffer, root));
+  return submit(group, call, buffer, [&group, buffer, root] { return dtrain::broadcast(group, buffer, root); });
 }
 
 std::shared_ptr<Operation> Engine::all_gather(Group& group, std::span<const std::byte> input,
@@ -195,7 +195,7 @@ std::shared_ptr<Operation> Engine::all_gather(Group& group, std::span<const std:
                                 " are needed");
   }
   const Call call{.collective = Collective::all_gather, .dtype = DataType::uint8, .count = input.size()};
-  return submit(group, call, output, dtrain::all_gather(group, input, output));
+  return submit(group, call, output, [&group, input, output] { return dtrain::all_gather(group, input, output); });
 }
 
 std::shared_ptr<Operation> Engine::reduce_scatter(Group& group, std::span<const std::byte> input,
@@ -207,14 +207,17 @@ std::shared_ptr<Operation> Engine::reduce_scatter(Group& group, std::span<const 
   }
   const Call call{.collective = Collective::reduce_scatter, .dtype = reduction.dtype, .op = reduction.op,
                   .count = output.size() / element_bytes(reduction.dtype)};
-  return submit(group, call, output, dtrain::reduce_scatter(group, input, output, reduction));
+  return submit(group, call, output, [&group, input, output, reduction] {
+    return dtrain::reduce_scatter(group, input, output, reduction);
+  });
 }
 
 std::shared_ptr<Operation> Engine::barrier(Group& group) {
-  return submit(group, Call{}, {}, dtrain::barrier(group));
+  return submit(group, Call{}, {}, [&group] { return dtrain::barrier(group); });
 }
 
-std::shared_ptr<Operation> Engine::submit(Group& group, Call call, std::span<const std::byte> buffer, Task task) {
+std::shared_ptr<Operation> Engine::submit(Group& group, Call call, std::span<const std::byte> buffer,
+                                          std::function<Task()> start) {
   const bool is_float = call.dtype == DataType::float32 || call.dtype == DataType::float64 ||
                         call.dtype == DataType::bfloat16 || call.dtype == DataType::float16;
   if (call.op == ReduceOp::average && !is_float) {
@@ -226,7 +229,7 @@ std::shared_ptr<Operation> Engine::submit(Group& group, Call call, std::span<con
     if (is_closed_) throw std::runtime_error("the engine was closed: no collective can be called any more");
     if (group.local().has_left()) throw std::runtime_error("this rank has closed the group: it takes part in nothing more");
     group.local().locate(buffer, call);
-    operation = std::make_shared<Operation>(call, std::move(task));
+    operation = std::make_shared<Operation>(call, std::move(start));
     inbox_.emplace_back(&group, operation);
   }
   if (has_thread_) {

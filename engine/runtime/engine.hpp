@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -74,7 +75,8 @@ class Engine {
   void close();
 
  private:
-  std::shared_ptr<Operation> submit(Group& group, Call call, std::span<const std::byte> buffer, Task task);
+  std::shared_ptr<Operation> submit(Group& group, Call call, std::span<const std::byte> buffer,
+                                    std::function<Task()> start);
   bool progress();
   void take_inbox();
   void leave(Group& group);
