@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of its machine a rank uses: how many ranks a machine has, which device is whose, how many threads.
+"""What of its machine a rank uses: how many ranks a machine has, which device is whose, how many threads, what memory.
 
 What decides is given what all ranks of the machine found, and so runs the same without a GPU.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -174,3 +175,26 @@ def fit_threads(
     number = share - 1 if share >= 4 else max(share, 1)
     text = f"{number} thread{'s' if number > 1 else ''} per rank ({len(cores_of_ranks)} on {num_cores} cores)"
     return Threads(number, text, warning)
+
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def keep_freed_memory(environ: Mapping[str, str]) -> None:
+    """Has the C library keep what a step frees for the next step, instead of giving it back to the system.
+
+    Gradients and activations of more than a few MiB would be mapped anew in each step, and the system zeroes every
+    page of a new mapping: three tenths of a step that has 100 MiB of gradients and takes 0.2 s. The price: the process
+    stays as large as it once was.
+
+    Args:
+        environ: DTRAIN_MALLOC=default leaves malloc as it is.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is None or environ.get("DTRAIN_MALLOC") == "default":
+        return
+    # Older ones take 32 MiB at most.
+    if not mallopt(_M_MMAP_THRESHOLD, 1 << 30):
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -116,6 +116,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
         launch.restart_under_mpirun(num_ranks, mpi)
 
     launch.skip_network_search()
+    devices.keep_freed_memory(os.environ)
     engine = module.Engine(_address_of(comm), int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0")))
     world_rank, world_size = module.world_rank_and_size()
     launch.check_world_size(launcher, world_size, mpi)
