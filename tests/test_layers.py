@@ -16,7 +16,8 @@ PYTHON_LAYERS = """
 __main__
 __init__
 trainer
-data criterion batchnorm gradients replicas
+data criterion batchnorm direct replicas
+gradients
 buckets
 job
 backend

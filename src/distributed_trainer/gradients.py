@@ -40,7 +40,10 @@ class _State:
     parameter: nn.Parameter
     bucket: int = -1
     view: Tensor | None = None
-    has_arrived: bool = False
+    is_here: bool = False
+    """In its bucket, or in the first step in `.grad`."""
+    is_counted: bool = False
+    """Whole, as far as is known: its hook has run."""
     hook: Any = field(default=None, repr=False)
 
 
@@ -55,11 +58,13 @@ class GradientSum:
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], process_group: Any) -> None:
         self._group = process_group
         self._states = [_State(name, parameter) for name, parameter in parameters]
+        self._index = {id(state.parameter): index for index, state in enumerate(self._states)}
         self._trainable: list[bool] = []
         self._buckets: list[Bucket] = []
         self._arrivals: list[int] = []
         self._num_started = 0
         self._is_active = False
+        self._is_in_backward = False
         self._leave_out = False
 
     def start(self, leave_out: bool = False) -> None:
@@ -70,7 +75,7 @@ class GradientSum:
         """
         for state in self._states:
             state.parameter.grad = None
-            state.has_arrived = False
+            state.is_here = state.is_counted = False
         if self._group.size() == 1:
             return
         trainable = [state.parameter.requires_grad for state in self._states]
@@ -82,6 +87,11 @@ class GradientSum:
         self._num_started = 0
         self._leave_out = leave_out
         self._is_active = True
+        self._is_in_backward = False
+
+    def start_backward(self) -> None:
+        """Says that forward is over: gradients that are computed from here on are those of the step. Local."""
+        self._is_in_backward = True
 
     def finish(self, numbers: list[float]) -> list[float]:
         """Ends a step, after backward: each `.grad` is the sum over all ranks, with the same bits. Collective, blocks.
@@ -98,19 +108,19 @@ class GradientSum:
         """
         if self._group.size() == 1:
             return numbers
-        self._is_active = False
+        self._is_active = self._is_in_backward = False
         if not self._buckets:
             self._build()
         for number in range(self._num_started, len(self._buckets)):
             bucket = self._buckets[number]
             for index, view in zip(bucket.indices, bucket.views, strict=True):
                 state = self._states[index]
-                if not state.has_arrived:
+                if not state.is_here:
                     view.zero_()
                 elif state.parameter.grad is not view:  # of the first step
                     self._take(state, view)
             bucket.start()
-        own = [state.has_arrived and not self._leave_out for state in self._states]
+        own = [state.is_here and not self._leave_out for state in self._states]
         is_missing = any(needed and not used for needed, used in zip(self._trainable, own, strict=True))
         *sums, num_missing = self._sum([*numbers, float(is_missing)], torch.float64)
         num_users = self._sum(own, torch.int32) if num_missing else None
@@ -120,6 +130,23 @@ class GradientSum:
             for index, view in zip(bucket.indices, bucket.views, strict=True):
                 self._states[index].parameter.grad = view if num_users is None or num_users[index] else None
         return sums
+
+    def place_of(self, parameter: nn.Parameter) -> Tensor | None:
+        """Where a parameter's gradient of this backward may be computed, instead of in memory of its own. Local.
+
+        None where it must come through autograd. `placed` follows.
+        """
+        state = self._states[self._index[id(parameter)]]
+        return None if not self._is_in_backward or self._leave_out or state.is_here else state.view
+
+    def placed(self, parameter: nn.Parameter) -> None:
+        """Says that the gradient is in its place. Local.
+
+        The hook runs afterwards all the same, when autograd has added what comes from elsewhere, which may be nothing.
+        """
+        state = self._states[self._index[id(parameter)]]
+        parameter.grad = state.view
+        state.is_here = True
 
     def close(self) -> None:
         """Lets go of the parameters. Local."""
@@ -153,7 +180,7 @@ class GradientSum:
         if not self._is_active:
             return
         state = self._states[index]
-        if state.has_arrived:
+        if state.is_counted:
             # A second contribution of the same backward, as with reentrant checkpointing. Autograd has added it to
             # the place in the bucket, which is right until the bucket was sent.
             if self._buckets and self._buckets[state.bucket].is_started:
@@ -162,11 +189,12 @@ class GradientSum:
                     f"non-reentrant activation checkpointing (use_reentrant=False)."
                 )
             return
-        state.has_arrived = True
+        if self._buckets and not state.is_here:
+            self._take(state, state.view)
+        state.is_counted = state.is_here = True
         self._arrivals.append(index)
         if not self._buckets:
             return
-        self._take(state, state.view)
         self._buckets[state.bucket].num_missing -= 1
         while self._num_started < len(self._buckets) and not self._buckets[self._num_started].num_missing:
             self._buckets[self._num_started].start()

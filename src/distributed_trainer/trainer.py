@@ -30,6 +30,7 @@ from .data import (
     to_device,
     zero_sample,
 )
+from .direct import DirectLinear
 from .errors import MismatchError
 from .gradients import GradientSum
 from .replicas import SharedBuffers, align_models, align_random_states, rank_random_stream
@@ -155,6 +156,7 @@ class DistributedTrainer:
         align_models(model, self._group)
         align_random_states(self._group, alike=split_batches)
         self._gradients = GradientSum(model.named_parameters(), gradient_group)
+        self._direct = DirectLinear(model, self._gradients) if self.world_size > 1 else None
         self._batchnorm = GlobalBatchNorm(model, self._group) if sync_batchnorm and self.world_size > 1 else None
         self._buffers = SharedBuffers(model, self._group, skip_batchnorm=sync_batchnorm)
 
@@ -190,13 +192,14 @@ class DistributedTrainer:
         self._check_arguments(criterion, optimizer)
         part = self._part(inputs, targets, criterion)
         self._gradients.start(leave_out=part.is_ghost)
-        with self._random_stream(), self._global_batchnorm(part.is_ghost):
+        with self._random_stream(), self._global_batchnorm(part.is_ghost), self._direct_gradients():
             outputs = call_model(self.model, to_device(part.inputs, self.device))
             targets = to_device(part.targets, self.device)
             if part.is_ghost:
                 loss = part.criterion(outputs, targets)
             else:
                 loss = local_loss(part.criterion, outputs, targets, part.weight, part.total)
+            self._gradients.start_backward()
             loss.backward()
         own_loss = 0.0 if part.is_ghost else loss.item()
         total_loss, has_changed_buffers = self._gradients.finish([own_loss, self._buffers.have_changed()])
@@ -353,6 +356,9 @@ class DistributedTrainer:
 
     def _global_batchnorm(self, is_ghost: bool) -> contextlib.AbstractContextManager[None]:
         return self._batchnorm.active(is_ghost) if self._batchnorm else contextlib.nullcontext()
+
+    def _direct_gradients(self) -> contextlib.AbstractContextManager[None]:
+        return self._direct.active() if self._direct else contextlib.nullcontext()
 
     def _agree(self, has_batch: bool, has_any: bool) -> bool:
         """Whether any rank has a batch. Collective."""

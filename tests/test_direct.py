@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight gradients computed in their places: the bits of autograd's, and only where that is sure."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import on_ranks
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from distributed_trainer import create_distributed_trainer, direct, gradients
+
+several = on_ranks(2, 3, (2, 1))
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    """Of layers, and a bucket for each parameter, so that it is on its way as soon as the gradient is there."""
+    monkeypatch.setattr(direct, "MIN_BYTES", 0)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 1)
+
+
+def batch(num_samples=8, dtype=F64, shape=(6,)):
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(num_samples, *shape[:-1], n, generator=generator) for n in (shape[-1], 4))
+    return x.to(dtype), y.to(dtype)
+
+
+class Net(nn.Module):
+    """A subclass says how it uses its layers."""
+
+    def __init__(self, dtype=F64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(6, 6, dtype=dtype)
+        self.second = nn.Linear(6, 6, bias=False, dtype=dtype)
+        self.last = nn.Linear(6, 4, dtype=dtype)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def train(world, model, criterion=None, dtype=F64, shape=(6,), num_steps=3):
+    """Gradients of the last of some steps, and the names of those that were computed in place."""
+    trainer = create_distributed_trainer(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    in_place = set()
+    placed = trainer._gradients.placed
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def recorded(parameter):
+        in_place.add(names[id(parameter)])
+        placed(parameter)
+
+    trainer._gradients.placed = recorded
+    x, y = batch(dtype=dtype, shape=shape)
+    for _ in range(num_steps):
+        trainer.train_step(x, y, criterion or nn.MSELoss(), optimizer)
+    result = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    trainer.close()
+    assert type(model.last if isinstance(model, Net) else model[0]._orig_mod.last) is nn.Linear
+    return result, in_place
+
+
+def compare(world, monkeypatch, make, expected_names, **options):
+    """The same training with everything through autograd has the same bits."""
+    actual, in_place = train(world, make(), **options)
+    assert in_place == expected_names
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "MIN_BYTES", 1 << 40)
+        reference, none = train(world, make(), **options)
+    assert not none
+    for name, gradient in reference.items():
+        assert torch.equal(actual[name], gradient), name
+
+
+ALL = {"first.weight", "second.weight", "last.weight"}
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16], ids=str)
+@several
+def test_bits(world, monkeypatch, dtype, shape):
+    compare(world, monkeypatch, lambda: Net(dtype), ALL, dtype=dtype, shape=shape)
+
+
+class TwiceUsed(Net):
+    def forward(self, x):
+        return super().forward(torch.tanh(self.second(x)))
+
+
+class Shared(Net):
+    def __init__(self):
+        super().__init__()
+        self.second.weight = self.first.weight
+
+
+class UsedOutside(Net):
+    """A weight that is also used without its layer: a sum of two ways."""
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(x, self.last.weight)
+
+
+class Hooked(Net):
+    def __init__(self):
+        super().__init__()
+        self.first.weight.register_hook(lambda gradient: 2 * gradient)
+
+
+class PostHooked(Net):
+    def __init__(self):
+        super().__init__()
+
+        def double(parameter):
+            parameter.grad.mul_(2)
+
+        self.first.weight.register_post_accumulate_grad_hook(double)
+
+
+class OwnForward(Net):
+    def __init__(self):
+        super().__init__()
+        self.first.forward = lambda x: 2 * F.linear(x, self.first.weight, self.first.bias)
+
+
+class Subclass(Net):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.Scaled(6, 6, dtype=F64)
+
+
+class Autocast(Net):
+    def __init__(self):
+        super().__init__(torch.float32)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.first(x)
+        return self.last(torch.tanh(self.second(torch.tanh(x.float()))))
+
+
+class Transformed(Net):
+    def forward(self, x):
+        x = torch.func.vmap(self.first)(x)
+        return self.last(torch.tanh(self.second(torch.tanh(x))))
+
+
+class Checkpointed(Net):
+    def forward(self, x):
+        x = checkpoint(self.first, x, use_reentrant=False)
+        return self.last(torch.tanh(self.second(torch.tanh(x))))
+
+
+class Functional(Net):
+    """Other weights in the layer's place."""
+
+    def forward(self, x):
+        weight = {"weight": 2 * self.first.weight, "bias": self.first.bias}
+        x = torch.func.functional_call(self.first, weight, (x,))
+        return self.last(torch.tanh(self.second(torch.tanh(x))))
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (UsedOutside, ALL),
+        (TwiceUsed, ALL - {"second.weight"}),
+        (Shared, {"last.weight"}),
+        (Hooked, ALL - {"first.weight"}),
+        (PostHooked, ALL - {"first.weight"}),
+        (OwnForward, ALL - {"first.weight"}),
+        (Subclass, ALL - {"first.weight"}),
+        (Transformed, ALL - {"first.weight"}),
+        (Checkpointed, ALL - {"first.weight"}),
+        (Functional, ALL - {"first.weight"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@several
+def test_through_autograd(world, monkeypatch, make, names):
+    torch.manual_seed(0)
+    state = copy.deepcopy(make().state_dict())
+
+    def same():
+        model = make()
+        model.load_state_dict(state)
+        return model
+
+    compare(world, monkeypatch, same, names)
+
+
+@several
+def test_autocast(world, monkeypatch):
+    compare(world, monkeypatch, Autocast, ALL - {"first.weight"}, dtype=torch.float32)
+
+
+@several
+def test_compiled(world, monkeypatch):
+    """Nothing in place, where a compiled module may have traced its layers."""
+    compare(world, monkeypatch, lambda: nn.Sequential(torch.compile(Net(), backend="eager")), set())
+
+
+@pytest.mark.parametrize("create_graph", [True, False])
+@several
+def test_gradients_in_a_criterion(world, monkeypatch, create_graph):
+    """A gradient penalty (double backward), and a gradient that is only looked at."""
+    inputs = []
+
+    class Kept(Net):
+        def forward(self, x):
+            inputs[:] = [x.requires_grad_()]
+            return super().forward(x)
+
+    def criterion(outputs, targets):
+        (slope,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=create_graph, retain_graph=True)
+        return (outputs - targets).square().mean() + slope.square().mean()
+
+    compare(world, monkeypatch, Kept, ALL, criterion=criterion)
