@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
+from typing import Any
 
 from mpi4py import MPI
 
@@ -15,6 +19,7 @@ def interleave(
     seconds: float,
     align: Callable[[], object] = MPI.COMM_WORLD.Barrier,
     turn_seconds: float = 0.02,
+    warm: bool = True,
 ) -> dict[str, float]:
     """Median seconds of one call of each contender, of the rank where that is largest. Collective, blocks.
 
@@ -26,6 +31,7 @@ def interleave(
         seconds: How long to go on; at least 5 rounds.
         align: Brings the ranks together before a call.
         turn_seconds: About how long a turn may be; one call at least counts.
+        warm: False measures the first call of a turn as well.
     """
     world = MPI.COMM_WORLD
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -40,7 +46,8 @@ def interleave(
     # Rank 0's clock decides for all how many rounds there are.
     while world.bcast(num_rounds < 5 or time.perf_counter() - started < seconds):
         for name, call in contenders.items():
-            call()
+            if warm:
+                call()
             for _ in range(num_calls[name]):
                 align()
                 before = time.perf_counter()
@@ -48,3 +55,13 @@ def interleave(
                 times[name].append(time.perf_counter() - before)
         num_rounds += 1
     return {name: world.allreduce(median(values), MPI.MAX) for name, values in times.items()}
+
+
+def report(result: dict[str, Any], line: str) -> None:
+    """Prints a line on rank 0, and appends the result to the file BENCH_RESULTS, one JSON object a line."""
+    if MPI.COMM_WORLD.rank != 0:
+        return
+    print(line, flush=True)
+    if file := os.environ.get("BENCH_RESULTS"):
+        with Path(file).open("a") as results:
+            results.write(json.dumps(result) + "\n")
