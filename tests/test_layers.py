@@ -18,6 +18,7 @@ __init__
 trainer
 data criterion batchnorm direct replicas
 gradients
+compression
 buckets
 job
 backend

@@ -42,6 +42,7 @@ def test_signatures():
         ("process_group", None, True),
         ("split_batches", True, True),
         ("sync_batchnorm", True, True),
+        ("compression", None, True),
     ]
     step = inspect.signature(DistributedTrainer.train_step).parameters
     assert list(step) == ["self", "inputs", "targets", "criterion", "optimizer"]

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Bucket:
-    """Sums over the ranks what `views` hold, in place. `start` and `finish` once in each step.
+    """Sums over the ranks what `views` hold, in place. `start`, `proceed` and `finish` once in each step.
 
     The buffer lies in the process group's own memory where that has some (`allocate`), and is then reduced without
     copies.
@@ -24,10 +24,10 @@ class Bucket:
     Args:
         group: A process group. Making a bucket is collective over it, and blocks.
         indices: Numbers of the parameters.
-        parameters: Those, of one dtype and device.
+        parameters: Those, or other tensors like what is to be summed, of one dtype and device.
     """
 
-    def __init__(self, group: Any, indices: list[int], parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, group: Any, indices: list[int], parameters: Sequence[Tensor]) -> None:
         self.indices = indices
         self._group = group
         self._memory: Tensor | None = None
@@ -61,8 +61,15 @@ class Bucket:
         """Begins the sum of what the views hold now. Collective; returns at once."""
         self._work = self._group.allreduce([self._buffer])
 
-    def finish(self) -> None:
-        """Waits until the views hold the sums. Blocks."""
+    def proceed(self) -> None:
+        """Begins what has to follow the first reduction: nothing here. Collective, may block."""
+
+    def finish(self, unused: Collection[int] = ()) -> None:
+        """Waits until the views hold the sums. Blocks.
+
+        Args:
+            unused: Numbers of parameters whose gradients will be dropped, since no rank used them.
+        """
         self._work.wait()
 
     def close(self) -> None:

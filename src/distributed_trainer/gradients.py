@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of all ranks summed in buckets, while backward still runs.
 
-A bucket (`buckets.py`) takes the gradients of consecutive parameters. One step:
+A bucket (`buckets.py`) takes the gradients of consecutive parameters of one kind. One step:
 
 1. `start` forgets what arrived before.
 2. As soon as autograd has finished a gradient, a hook copies it to its place in its bucket, once, while it is warm in
    the cache, and makes that place the parameter's `.grad`.
 3. A bucket whose gradients have all come is reduced, unless one before it is still incomplete: all ranks issue the same
    buckets in the same order.
-4. `finish` sends what is left, with zeros for what did not come, and waits. A parameter that no rank used has no
-   gradient afterwards.
+4. `finish` sends what is left, with zeros for what did not come, then what compressed buckets send second
+   (`compression.py`), and waits. A parameter that no rank used has no gradient afterwards.
 
 The first step fills no buckets: it shows in which order gradients arrive, and rank 0's order becomes that of the
 buckets on every rank. Invariant: a bucket's content and its place in the sequence are the same on all ranks.
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .backend import gather_objects, message_device
 from .buckets import Bucket
+from .compression import LowRankBucket, PowerSGD, is_compressed, make_bucket
 from .errors import DistributedTrainerError, MismatchError
 
 # Large enough that a call costs little against its transfer, small enough that most are on their way before the end.
@@ -53,14 +54,21 @@ class GradientSum:
     Args:
         parameters: Names and parameters, the same on every rank; shared parameters once.
         process_group: Any of torch's. No one else may call collectives on it.
+        compression: The same on every rank.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], process_group: Any) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        process_group: Any,
+        compression: PowerSGD | None = None,
+    ) -> None:
         self._group = process_group
+        self._compression = compression
         self._states = [_State(name, parameter) for name, parameter in parameters]
         self._index = {id(state.parameter): index for index, state in enumerate(self._states)}
         self._trainable: list[bool] = []
-        self._buckets: list[Bucket] = []
+        self._buckets: list[Bucket | LowRankBucket] = []
         self._arrivals: list[int] = []
         self._num_started = 0
         self._is_active = False
@@ -104,7 +112,7 @@ class GradientSum:
             Their sums, in float64.
 
         Raises:
-            MismatchError: The ranks' parameters do not fit together. The same on every rank.
+            MismatchError: The ranks' parameters or compressions do not fit together. The same on every rank.
         """
         if self._group.size() == 1:
             return numbers
@@ -120,15 +128,18 @@ class GradientSum:
                 elif state.parameter.grad is not view:  # of the first step
                     self._take(state, view)
             bucket.start()
+        for bucket in self._buckets:
+            bucket.proceed()
         own = [state.is_here and not self._leave_out for state in self._states]
         is_missing = any(needed and not used for needed, used in zip(self._trainable, own, strict=True))
         *sums, num_missing = self._sum([*numbers, float(is_missing)], torch.float64)
-        num_users = self._sum(own, torch.int32) if num_missing else None
+        num_users = self._sum(own, torch.int32) if num_missing else []
+        unused = {index for index, users in enumerate(num_users) if not users}
         for bucket in self._buckets:
-            bucket.finish()
+            bucket.finish(unused)
         for bucket in self._buckets:
             for index, view in zip(bucket.indices, bucket.views, strict=True):
-                self._states[index].parameter.grad = view if num_users is None or num_users[index] else None
+                self._states[index].parameter.grad = None if index in unused else view
         return sums
 
     def place_of(self, parameter: nn.Parameter) -> Tensor | None:
@@ -219,32 +230,37 @@ class GradientSum:
             (state.name, tuple(state.parameter.shape), state.parameter.dtype, needed)
             for state, needed in zip(self._states, self._trainable, strict=True)
         ]
-        gathered = gather_objects(self._group, (self._arrivals, layout))
-        for rank, (_, other) in enumerate(gathered):
+        gathered = gather_objects(self._group, (self._arrivals, layout, self._compression))
+        for rank, (_, other, compression) in enumerate(gathered):
             if other != gathered[0][1]:
                 raise MismatchError(_difference(rank, gathered[0][1], other))
+            if compression != gathered[0][2]:
+                raise MismatchError(
+                    f"compression differs: rank 0 has {gathered[0][2]}, rank {rank} has {compression}. Pass the same "
+                    f"to create_distributed_trainer on every rank."
+                )
         order = gathered[0][0]
         order = order + [index for index in reversed(trainable) if index not in set(order)]
         for run in self._runs(order):
-            bucket = Bucket(self._group, run, [self._states[index].parameter for index in run])
+            parameters = [self._states[index].parameter for index in run]
+            bucket = make_bucket(self._group, run, parameters, self._compression)
             for index, view in zip(run, bucket.views, strict=True):
                 self._states[index].bucket, self._states[index].view = len(self._buckets), view
             self._buckets.append(bucket)
 
     def _runs(self, order: list[int]) -> Iterable[list[int]]:
-        """Cuts the order, within each dtype and device, into pieces of about BUCKET_BYTES."""
-        open_runs: dict[tuple[torch.dtype, torch.device], tuple[list[int], int]] = {}
+        """Cuts the order, within each kind of parameter, into pieces of about BUCKET_BYTES."""
+        open_runs: dict[tuple[torch.dtype, torch.device, bool], tuple[list[int], int]] = {}
         for index in order:
             parameter = self._states[index].parameter
-            kind = (parameter.dtype, parameter.device)
-            run, num_bytes = open_runs.get(kind, ([], 0))
+            kind = (parameter.dtype, parameter.device, is_compressed(parameter, self._compression))
+            run, num_bytes = open_runs.pop(kind, ([], 0))
             run.append(index)
             num_bytes += parameter.numel() * parameter.element_size()
             if num_bytes >= BUCKET_BYTES:
                 yield run
-                open_runs.pop(kind, None)
             else:
-                open_runs[kind] = (run, num_bytes)
+                open_runs[kind] = (run, num_bytes)  # now the last: what ends earlier starts earlier
         for run, _ in open_runs.values():
             yield run
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import job as jobs
 from .backend import ProcessGroupShmpi, gather_bytes
 from .batchnorm import GlobalBatchNorm
+from .compression import PowerSGD
 from .criterion import criterion_name, is_known, local_loss, local_weight, split_criterion
 from .data import (
     batch_size,
@@ -49,6 +50,7 @@ def create_distributed_trainer(
     process_group: dist.ProcessGroup | None = None,
     split_batches: bool = True,
     sync_batchnorm: bool = True,
+    compression: PowerSGD | None = None,
 ) -> DistributedTrainer:
     """Makes a trainer for `model`. Collective: every rank calls it, with the same model; blocks.
 
@@ -69,6 +71,8 @@ def create_distributed_trainer(
             rank passes a part of its own; parts may differ in size, and the mean is over all samples.
         sync_batchnorm: BatchNorm uses the statistics of the global batch, as one process does. False: of each rank's
             part.
+        compression: `distributed_trainer.compression.PowerSGD(rank=4)` sends the gradients of large weights as two
+            thin factors, for slow networks. Lossy: results are no longer those of one process. None: exact.
 
     Raises:
         TypeError, ValueError: An argument is not what is described here.
@@ -79,6 +83,8 @@ def create_distributed_trainer(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if not isinstance(compression, PowerSGD | None):
+        raise TypeError(f"compression must be PowerSGD(rank=...) or None, not {compression!r}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet: call the model once before create_distributed_trainer.")
@@ -88,14 +94,14 @@ def create_distributed_trainer(
         ranks = dist.get_process_group_ranks(process_group)
         groups = (process_group, dist.new_group(ranks, use_local_synchronization=True))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        return DistributedTrainer(model, groups, device, 0, split_batches, sync_batchnorm)
+        return DistributedTrainer(model, groups, device, 0, split_batches, sync_batchnorm, compression)
     job = jobs.start(num_gpus, comm)
     if job.rank == 0:
         mode = "every rank reads the whole batch" if split_batches else "every rank reads its own part"
         print(f"distributed_trainer: {job.summary}; {mode}", flush=True)
     model.to(job.device)
     groups = (job.create_group(), job.create_group())
-    return DistributedTrainer(model, groups, job.device, job.local_rank, split_batches, sync_batchnorm)
+    return DistributedTrainer(model, groups, job.device, job.local_rank, split_batches, sync_batchnorm, compression)
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class DistributedTrainer:
         local_rank: int,
         split_batches: bool,
         sync_batchnorm: bool,
+        compression: PowerSGD | None,
     ) -> None:
         # Two groups, since each has one order of calls: gradients become ready in another order than the calls of
         # forward and of this class are made.
@@ -155,7 +162,7 @@ class DistributedTrainer:
 
         align_models(model, self._group)
         align_random_states(self._group, alike=split_batches)
-        self._gradients = GradientSum(model.named_parameters(), gradient_group)
+        self._gradients = GradientSum(model.named_parameters(), gradient_group, compression)
         self._direct = DirectLinear(model, self._gradients) if self.world_size > 1 else None
         self._batchnorm = GlobalBatchNorm(model, self._group) if sync_batchnorm and self.world_size > 1 else None
         self._buffers = SharedBuffers(model, self._group, skip_batchnorm=sync_batchnorm)
