@@ -157,7 +157,8 @@ class LowRankBucket:
             if index not in unused:
                 matrix.addmm_(p, self._own_q[position], alpha=-1)
                 product = gradient if gradient.dtype == p.dtype else torch.empty_like(matrix)
-                torch.mm(p, q, out=product)
+                with _one_thread():
+                    torch.mm(p, q, out=product)
                 if product is not gradient:
                     gradient.copy_(product)
             if not q.any():
@@ -194,7 +195,7 @@ def _make_orthonormal(p: Tensor) -> None:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """The bits of a QR decomposition depend on the number of threads, which may differ between machines."""
+    """The bits of a decomposition or product depend on the number of threads, which may differ between ranks."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
