@@ -124,14 +124,16 @@ def our_step(
 def compare(title: str, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> None:
     """Reports medians of interleaved steps. `inputs` and `targets` are one rank's."""
     trainer = create_distributed_trainer(copy.deepcopy(model))
+    sharded = create_distributed_trainer(copy.deepcopy(model), shard_optimizer=True)
     whole = [torch.cat([part] * trainer.world_size) for part in (inputs, targets)]
-    phases = {name: Phases() for name in ("plain", "ours", "DDP on gloo")}
+    phases = {name: Phases() for name in ("plain", "ours", "ours, sharded", "DDP on gloo")}
     gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
     buckets = [torch.empty_like(gradient) for gradient in gradients]
     unit = 16 * trainer.world_size
     contenders = {
         "plain": plain_step(copy.deepcopy(model), inputs, targets, phases["plain"]),
         "ours": our_step(trainer, *whole, phases["ours"]),
+        "ours, sharded": our_step(sharded, *whole, phases["ours, sharded"]),
         "DDP on gloo": plain_step(
             DistributedDataParallel(copy.deepcopy(model)), inputs, targets, phases["DDP on gloo"]
         ),
@@ -139,7 +141,7 @@ def compare(title: str, model: nn.Module, inputs: torch.Tensor, targets: torch.T
         "copy": lambda: torch._foreach_copy_(buckets, gradients),
         "floor": Floor(sum(gradient.numel() for gradient in gradients) // unit * unit),
     }
-    for name in ("plain", "ours", "DDP on gloo"):
+    for name in phases:
         contenders[name]()  # buckets are built after the first step
     medians = interleave(contenders, SECONDS_PER_MODEL, turn_seconds=1.0)
     exchange = (medians["ours"] - medians["plain"]) / (medians["copy"] + medians["floor"])
@@ -157,6 +159,7 @@ def compare(title: str, model: nn.Module, inputs: torch.Tensor, targets: torch.T
         + f"; plain over ours {medians['plain'] / medians['ours']:.2f}, exchange over copy and floor {exchange:.2f}",
     )
     trainer.close()
+    sharded.close()
 
 
 def check_cost() -> None:

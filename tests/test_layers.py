@@ -16,7 +16,7 @@ PYTHON_LAYERS = """
 __main__
 __init__
 trainer
-data criterion batchnorm direct replicas
+data criterion batchnorm direct replicas sharding
 gradients
 compression
 buckets

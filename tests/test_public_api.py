@@ -43,6 +43,7 @@ def test_signatures():
         ("split_batches", True, True),
         ("sync_batchnorm", True, True),
         ("compression", None, True),
+        ("shard_optimizer", False, True),
     ]
     step = inspect.signature(DistributedTrainer.train_step).parameters
     assert list(step) == ["self", "inputs", "targets", "criterion", "optimizer"]

@@ -39,6 +39,14 @@ struct Pending {
   std::shared_ptr<Operation> operation;
 };
 
+using Ranges = std::vector<std::pair<std::size_t, std::size_t>>;
+
+std::vector<Block> blocks_of(const Ranges& ranges) {
+  std::vector<Block> blocks;
+  for (const auto& [offset_bytes, num_bytes] : ranges) blocks.push_back({offset_bytes, num_bytes});
+  return blocks;
+}
+
 // Waits with the GIL released, looking for signals now and then. Returns false after `timeout_seconds`.
 bool wait(const Pending& pending, std::optional<double> timeout_seconds) {
   using namespace std::chrono;
@@ -135,6 +143,21 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           },
           nb::arg("memory"), "Forgets memory of allocate(); it goes with its last view. Local.")
       .def(
+          "allocate_shared",
+          [](const EngineGroup& self, std::size_t num_bytes) {
+            using Owner = std::shared_ptr<const Mapping>;
+            Owner block;
+            {
+              const nb::gil_scoped_release release;
+              block = self.engine->allocate_shared(*self.group, num_bytes);
+            }
+            const nb::capsule owner(new Owner(block), [](void* p) noexcept { delete static_cast<Owner*>(p); });
+            const std::size_t shape[] = {num_bytes};
+            return nb::ndarray<std::uint8_t, nb::device::cpu>(block->bytes().data(), 1, shape, owner);
+          },
+          nb::arg("num_bytes"), nb::rv_policy::reference,
+          "One zeroed block on each node, which all its ranks of the group map. Collective, blocks.")
+      .def(
           "all_reduce",
           [](const EngineGroup& self, nb::handle buffer, ReduceOp op) {
             const auto [bytes, dtype] = reducible_memory_of(buffer);
@@ -187,6 +210,23 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
             });
           },
           nb::arg("input"), nb::arg("output"), nb::arg("op") = ReduceOp::sum)
+      .def(
+          "reduce_shards",
+          [](const EngineGroup& self, nb::handle buffer, const Ranges& blocks, ReduceOp op) {
+            const auto [bytes, dtype] = reducible_memory_of(buffer);
+            const Reduction reduction{.dtype = *dtype, .op = op};
+            return released(self, [&](Engine& e, Group& g) {
+              return e.reduce_shards(g, bytes, blocks_of(blocks), reduction);
+            });
+          },
+          nb::arg("buffer"), nb::arg("blocks"), nb::arg("op") = ReduceOp::sum, "blocks: (offset, length) in bytes.")
+      .def(
+          "gather_shards",
+          [](const EngineGroup& self, nb::handle buffer, const Ranges& blocks) {
+            const auto bytes = memory_of(buffer).bytes;
+            return released(self, [&](Engine& e, Group& g) { return e.gather_shards(g, bytes, blocks_of(blocks)); });
+          },
+          nb::arg("buffer"), nb::arg("blocks"), "blocks: (offset, length) in bytes.")
       .def(
           "close",
           [](const EngineGroup& self) {

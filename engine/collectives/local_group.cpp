@@ -17,6 +17,8 @@ std::string Call::description() const {
     case Collective::all_gather: return "all_gather(" + elements + ")";
     case Collective::reduce_scatter: return std::string("reduce_scatter(") + name(op) + ", " + elements + ")";
     case Collective::barrier: return "barrier()";
+    case Collective::reduce_shards: return std::string("reduce_shards(") + name(op) + ", " + elements + ")";
+    case Collective::gather_shards: return "gather_shards(" + elements + ")";
   }
   return "?";
 }

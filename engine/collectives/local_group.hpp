@@ -18,7 +18,9 @@
 
 namespace dtrain {
 
-enum class Collective : std::uint8_t { all_reduce, broadcast, all_gather, reduce_scatter, barrier };
+enum class Collective : std::uint8_t {
+  all_reduce, broadcast, all_gather, reduce_scatter, barrier, reduce_shards, gather_shards
+};
 
 // What a rank says it calls. All members must say the same at the same place in a group's sequence.
 struct Call {

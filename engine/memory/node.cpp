@@ -175,7 +175,7 @@ Node::Node(int rank, int size, const AllGather& all_gather, int max_ranks) : ran
   std::memcpy(own_page.bytes().data(), own.nonce.data(), own.nonce.size());
   std::vector<int> everyone(num_ranks);
   for (std::size_t peer = 0; peer < num_ranks; ++peer) everyone[peer] = static_cast<int>(peer);
-  const std::vector<Mapping> pages = map_peers(page, page_bytes, everyone, all_gather);
+  const std::vector<Mapping> pages = map_peers(page, std::vector(num_ranks, page_bytes), everyone, all_gather);
 
   std::vector<std::uint8_t> reached(num_ranks, 0);
   for (std::size_t peer = 0; peer < num_ranks; ++peer) {
@@ -218,32 +218,47 @@ bool Node::is_candidate(int peer) const {
 std::vector<Mapping> Node::share(std::size_t num_bytes, std::span<const int> ranks,
                                  const AllGather& all_gather) const {
   const Descriptor fd = create_memory(num_bytes);
-  std::vector<Mapping> all = map_peers(fd, num_bytes, ranks, all_gather);
+  std::vector<Mapping> all = map_peers(fd, std::vector(ranks.size(), num_bytes), ranks, all_gather);
   std::vector<Mapping> of_node;
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     if (!is_candidate(ranks[i])) continue;
-    if (all[i].bytes().empty()) {
-      throw std::runtime_error("rank " + std::to_string(rank_) + " could not map the shared memory of rank " +
-                               std::to_string(ranks[i]) + " on the same node, though it could at start");
-    }
+    require_mapped(all[i], ranks[i]);
     of_node.push_back(std::move(all[i]));
   }
   return of_node;
 }
 
-std::vector<Mapping> Node::map_peers(const Descriptor& fd, std::size_t num_bytes, std::span<const int> ranks,
-                                     const AllGather& all_gather) const {
+Mapping Node::share_one(std::size_t num_bytes, std::span<const int> ranks, const AllGather& all_gather) const {
+  std::size_t first = 0;
+  while (!is_candidate(ranks[first])) ++first;
+  const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  std::vector<std::size_t> bytes_of(ranks.size(), page_bytes);  // the others need something to announce
+  bytes_of[first] = num_bytes;
+  const Descriptor fd = create_memory(ranks[first] == rank_ ? num_bytes : page_bytes);
+  std::vector<Mapping> all = map_peers(fd, bytes_of, ranks, all_gather);
+  require_mapped(all[first], ranks[first]);
+  return std::move(all[first]);
+}
+
+void Node::require_mapped(const Mapping& mapping, int peer) const {
+  if (!mapping.bytes().empty()) return;
+  throw std::runtime_error("rank " + std::to_string(rank_) + " could not map the shared memory of rank " +
+                           std::to_string(peer) + " on the same node, though it could at start");
+}
+
+std::vector<Mapping> Node::map_peers(const Descriptor& fd, std::span<const std::size_t> num_bytes,
+                                     std::span<const int> ranks, const AllGather& all_gather) const {
   const std::size_t size = ranks.size();
   const auto announced = gather(all_gather, Announcement::of(fd), size);
   std::vector<Mapping> mappings(size);
   std::vector<std::uint8_t> missing(size, 0);
   for (std::size_t i = 0; i < size; ++i) {
     if (ranks[i] == rank_) {
-      mappings[i] = Mapping(fd, num_bytes);
+      mappings[i] = Mapping(fd, num_bytes[i]);
     } else if (is_candidate(ranks[i])) {
       const auto opened = open_descriptor_of(identities_[static_cast<std::size_t>(ranks[i])].pid, announced[i].fd);
       if (opened && Announcement::of(*opened).same_file(announced[i])) {
-        mappings[i] = Mapping(*opened, num_bytes);
+        mappings[i] = Mapping(*opened, num_bytes[i]);
       } else {
         missing[i] = 1;
       }
@@ -263,7 +278,7 @@ std::vector<Mapping> Node::map_peers(const Descriptor& fd, std::size_t num_bytes
   exchange_descriptors(fd, receivers, senders, [&](int sender, const Descriptor& received) {
     const auto place = static_cast<std::size_t>(std::ranges::find(ranks, sender) - ranks.begin());
     if (!Announcement::of(received).same_file(announced[place])) return false;  // late, of an earlier exchange
-    mappings[place] = Mapping(received, num_bytes);
+    mappings[place] = Mapping(received, num_bytes[place]);
     return true;
   });
   return mappings;

@@ -44,12 +44,16 @@ class Node {
   // allocates `num_bytes`, and gets the memory of those on its own node, in the order of `ranks`.
   std::vector<Mapping> share(std::size_t num_bytes, std::span<const int> ranks, const AllGather& all_gather) const;
 
+  // Collective over `ranks`, likewise: the first of them on each node allocates `num_bytes`, which all on it map.
+  Mapping share_one(std::size_t num_bytes, std::span<const int> ranks, const AllGather& all_gather) const;
+
  private:
   struct Identity;
 
   bool is_candidate(int peer) const;
-  std::vector<Mapping> map_peers(const Descriptor& fd, std::size_t num_bytes, std::span<const int> ranks,
-                                 const AllGather& all_gather) const;
+  std::vector<Mapping> map_peers(const Descriptor& fd, std::span<const std::size_t> num_bytes,
+                                 std::span<const int> ranks, const AllGather& all_gather) const;
+  void require_mapped(const Mapping& mapping, int peer) const;
   void exchange_descriptors(const Descriptor& fd, std::span<const int> receivers, std::span<const int> senders,
                             const std::function<bool(int sender, const Descriptor&)>& received) const;
 

@@ -58,6 +58,10 @@ Mapping::~Mapping() {
   if (!bytes_.empty() && owner_ == getpid()) munmap(bytes_.data(), bytes_.size());
 }
 
+void Mapping::inherit() {
+  if (madvise(bytes_.data(), bytes_.size(), MADV_DOFORK) != 0) fail(errno, "MADV_DOFORK");
+}
+
 Descriptor create_memory(std::size_t num_bytes) {
   const std::string what =
       "allocating " + std::to_string(num_bytes) +

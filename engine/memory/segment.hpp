@@ -38,6 +38,9 @@ class Mapping {
 
   std::span<std::byte> bytes() const { return bytes_; }
 
+  // Lets children that fork from now on have the mapping as well.
+  void inherit();
+
  private:
   std::span<std::byte> bytes_;
   pid_t owner_ = 0;  // a forked child has this object, but not the mapping

@@ -48,6 +48,23 @@ void spin(int num_spins) {
 
 constexpr int group_tag = 1;
 
+// Bytes in all `blocks`, which are to lie in `buffer` and to hold whole elements.
+std::size_t check_blocks(const char* collective, std::span<const std::byte> buffer, std::span<const Block> blocks,
+                         std::size_t element_bytes) {
+  std::size_t num_bytes = 0;
+  for (const Block& block : blocks) {
+    if (block.offset_bytes > buffer.size() || block.num_bytes > buffer.size() - block.offset_bytes ||
+        block.num_bytes % element_bytes != 0) {
+      throw std::invalid_argument(std::string(collective) + ": a block of " + std::to_string(block.num_bytes) +
+                                  " bytes at " + std::to_string(block.offset_bytes) + " is not within the buffer of " +
+                                  std::to_string(buffer.size()) + " bytes, or cuts an element of " +
+                                  std::to_string(element_bytes) + " bytes");
+    }
+    num_bytes += block.num_bytes;
+  }
+  return num_bytes;
+}
+
 }  // namespace
 
 Engine::Engine(const EngineOptions& options)
@@ -172,6 +189,15 @@ void Engine::release(Group& group, std::span<const std::byte> memory) {
   group.local().remove(memory);
 }
 
+std::shared_ptr<const Mapping> Engine::allocate_shared(Group& group, std::size_t num_bytes) {
+  require_open();
+  drain();
+  Mapping block = node_->share_one(std::max<std::size_t>(1, num_bytes), group.world_ranks(),
+                                   gather_over(group.communicator()));
+  block.inherit();
+  return std::make_shared<const Mapping>(std::move(block));
+}
+
 std::shared_ptr<Operation> Engine::all_reduce(Group& group, std::span<std::byte> buffer, const Reduction& reduction) {
   const Call call{.collective = Collective::all_reduce, .dtype = reduction.dtype, .op = reduction.op,
                   .count = buffer.size() / element_bytes(reduction.dtype)};
@@ -214,6 +240,24 @@ std::shared_ptr<Operation> Engine::reduce_scatter(Group& group, std::span<const 
 
 std::shared_ptr<Operation> Engine::barrier(Group& group) {
   return submit(group, Call{}, {}, [&group] { return dtrain::barrier(group); });
+}
+
+std::shared_ptr<Operation> Engine::reduce_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks,
+                                                 const Reduction& reduction) {
+  const std::size_t width = element_bytes(reduction.dtype);
+  const Call call{.collective = Collective::reduce_shards, .dtype = reduction.dtype, .op = reduction.op,
+                  .count = check_blocks("reduce_shards", buffer, blocks, width) / width};
+  return submit(group, call, buffer, [&group, buffer, blocks = std::move(blocks), reduction] {
+    return dtrain::reduce_shards(group, buffer, blocks, reduction);
+  });
+}
+
+std::shared_ptr<Operation> Engine::gather_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks) {
+  const Call call{.collective = Collective::gather_shards, .dtype = DataType::uint8,
+                  .count = check_blocks("gather_shards", buffer, blocks, 1)};
+  return submit(group, call, buffer, [&group, buffer, blocks = std::move(blocks)] {
+    return dtrain::gather_shards(group, buffer, blocks);
+  });
 }
 
 std::shared_ptr<Operation> Engine::submit(Group& group, Call call, std::span<const std::byte> buffer,

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "collectives/group.hpp"
+#include "collectives/shards.hpp"
 #include "memory/node.hpp"
 #include "mpi/mailbox.hpp"
 
@@ -56,6 +57,9 @@ class Engine {
   std::shared_ptr<const Allocation> allocate(Group& group, std::size_t num_bytes);
   // Local. The group's collectives no longer use in place what allocate() gave at `memory`.
   void release(Group& group, std::span<const std::byte> memory);
+  // Collective over `group`; blocks. `num_bytes` that all ranks of a node share: one block on each node, zeroed and
+  // page-aligned, which forked children have as well.
+  std::shared_ptr<const Mapping> allocate_shared(Group& group, std::size_t num_bytes);
 
   // Each returns at once; the buffers must stay valid until the operation is done. Collective over `group`.
   std::shared_ptr<Operation> all_reduce(Group& group, std::span<std::byte> buffer, const Reduction& reduction);
@@ -64,6 +68,9 @@ class Engine {
   std::shared_ptr<Operation> reduce_scatter(Group& group, std::span<const std::byte> input,
                                             std::span<std::byte> output, const Reduction& reduction);
   std::shared_ptr<Operation> barrier(Group& group);
+  std::shared_ptr<Operation> reduce_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks,
+                                           const Reduction& reduction);
+  std::shared_ptr<Operation> gather_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks);
 
   // Waits until `operation` is done, at most `timeout`; returns whether it is.
   bool wait(Operation& operation, std::chrono::microseconds timeout);

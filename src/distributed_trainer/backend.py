@@ -117,6 +117,37 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         """Makes the group forget memory of `allocate`. Local; no collective on it may be in flight."""
         self._group.release(memory)
 
+    def allocate_shared(self, num_bytes: int) -> Tensor:
+        """Allocates one block on each node, zeroed and page-aligned, which all ranks of the node read and write.
+
+        Collective, blocks. It goes with the last tensor that views it, on any rank.
+
+        Returns:
+            uint8 tensor of shape [num_bytes] on the CPU.
+        """
+        return torch.from_dlpack(self._group.allocate_shared(num_bytes))
+
+    def reduce_shards(self, buffer: Tensor, blocks: Sequence[tuple[int, int]]) -> Work:
+        """Sums blocks of a buffer over all ranks; rank r gets the sum of part r of each (`shard_bounds`). Collective.
+
+        Args:
+            buffer: 1-dimensional, in memory of `allocate`. Afterwards the own parts hold the sums and the rest nothing
+                of use. It may be written again once a later all_reduce of this group is done: peers read it till then.
+            blocks: (offset, length) in bytes, the same lengths on every rank.
+        """
+        return self._start(self._group.reduce_shards(buffer, blocks), (buffer,), None)
+
+    def gather_shards(self, buffer: Tensor, blocks: Sequence[tuple[int, int]]) -> Work:
+        """Completes once the own part (`shard_bounds`) of each block, of every rank, is in the buffer. Collective.
+
+        On one node this is a barrier, since the ranks share the buffer; nothing is copied.
+
+        Args:
+            buffer: uint8 tensor of `allocate_shared`.
+            blocks: (offset, length) in bytes, the same on every rank.
+        """
+        return self._start(self._group.gather_shards(buffer, blocks), (buffer,), None)
+
     def gather_bytes(self, message: bytes) -> bytes:
         """The messages of all ranks, which have one length, in one piece. Collective, blocks; takes a few us."""
         return self._group.gather_bytes(message)

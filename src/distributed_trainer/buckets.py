@@ -9,6 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LINE_BYTES = 64
+
+
+def view_like(parameter: Tensor, memory: Tensor) -> Tensor:
+    """The start of flat memory in the parameter's shape, and with its strides.
+
+    With these (channels-last) a copy and the optimizer run straight through both.
+    """
+    strides = torch.empty_like(parameter, device="meta").stride()
+    return memory.as_strided(parameter.shape, strides)
+
 
 class Bucket:
     """Sums over the ranks what `views` hold, in place. `start`, `proceed` and `finish` once in each step.
@@ -18,7 +29,8 @@ class Bucket:
 
     Attributes:
         indices: Numbers of the parameters in it.
-        views: Their places, of their shapes and strides.
+        views: Their places, of their shapes and strides. Each begins a cache line.
+        results: For each of them, whose `.grad` the sum becomes, and the sum.
         num_missing: How many gradients have not come in this step.
 
     Args:
@@ -33,18 +45,22 @@ class Bucket:
         self._memory: Tensor | None = None
         self._work: Any = None
         dtype, device = parameters[0].dtype, parameters[0].device
-        num_elements = sum(parameter.numel() for parameter in parameters)
+        line = LINE_BYTES // parameters[0].element_size()
+        self._starts: list[int] = []
+        num_elements = 0
+        for parameter in parameters:
+            self._starts.append(-(-num_elements // line) * line)
+            num_elements = self._starts[-1] + parameter.numel()
         if device.type == "cpu" and hasattr(group, "allocate"):
             self._memory = group.allocate(max(1, num_elements) * parameters[0].element_size())
             self._buffer = self._memory.view(dtype)[:num_elements]
         else:
             self._buffer = torch.zeros(num_elements, dtype=dtype, device=device)
-        pieces = self._buffer.split([parameter.numel() for parameter in parameters])
-        # With strides like the parameter's (channels-last), so that the copy and the optimizer run straight.
         self.views = [
-            piece.as_strided(parameter.shape, torch.empty_like(parameter, device="meta").stride())
-            for piece, parameter in zip(pieces, parameters, strict=True)
+            view_like(parameter, self._buffer[start:])
+            for start, parameter in zip(self._starts, parameters, strict=True)
         ]
+        self.results: list[tuple[nn.Parameter, Tensor]] = list(zip(parameters, self.views, strict=True))
         self.reset()
 
     @property

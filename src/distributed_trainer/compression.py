@@ -85,6 +85,7 @@ class LowRankBucket:
     Attributes:
         indices: Numbers of the parameters in it. The first Q of a matrix is drawn from a generator seeded with its.
         views: Places of their gradients, of their shapes and strides.
+        results: For each of them, the parameter whose `.grad` the sum becomes, and the sum.
         num_missing: How many gradients have not come in this step.
 
     Args:
@@ -97,6 +98,7 @@ class LowRankBucket:
     def __init__(self, group: Any, indices: list[int], parameters: Sequence[nn.Parameter], rank: int) -> None:
         self.indices = indices
         self.views = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+        self.results = list(zip(parameters, self.views, strict=True))
         self._gradients = [_as_matrix(view) for view in self.views]
         # E_k between steps, M_k within one.
         self._errors = [torch.zeros_like(gradient, dtype=_factor_dtype(gradient.dtype)) for gradient in self._gradients]

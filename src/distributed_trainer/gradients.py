@@ -17,7 +17,8 @@ buckets on every rank. Invariant: a bucket's content and its place in the sequen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 from .backend import gather_objects, message_device
 from .buckets import Bucket
-from .compression import LowRankBucket, PowerSGD, is_compressed, make_bucket
+from .compression import LowRankBucket, PowerSGD, is_compressed
+from .compression import make_bucket as compression_bucket
 from .errors import DistributedTrainerError, MismatchError
 
 # Large enough that a call costs little against its transfer, small enough that most are on their way before the end.
@@ -55,6 +57,7 @@ class GradientSum:
         parameters: Names and parameters, the same on every rank; shared parameters once.
         process_group: Any of torch's. No one else may call collectives on it.
         compression: The same on every rank.
+        make_bucket: In place of those that `compression` asks for: what has their interface.
     """
 
     def __init__(
@@ -62,7 +65,9 @@ class GradientSum:
         parameters: Iterable[tuple[str, nn.Parameter]],
         process_group: Any,
         compression: PowerSGD | None = None,
+        make_bucket: Callable[[Any, list[int], Sequence[nn.Parameter]], Bucket] | None = None,
     ) -> None:
+        self._make_bucket = make_bucket or functools.partial(compression_bucket, compression=compression)
         self._group = process_group
         self._compression = compression
         self._states = [_State(name, parameter) for name, parameter in parameters]
@@ -104,6 +109,8 @@ class GradientSum:
     def finish(self, numbers: list[float]) -> list[float]:
         """Ends a step, after backward: each `.grad` is the sum over all ranks, with the same bits. Collective, blocks.
 
+        Where the bucket says so it is another's `.grad`, and the parameter has none.
+
         Args:
             numbers: To be summed as well. They travel behind the last bucket, so their sum is the commit point: a rank
                 that has it knows that every rank has all gradients.
@@ -138,8 +145,9 @@ class GradientSum:
         for bucket in self._buckets:
             bucket.finish(unused)
         for bucket in self._buckets:
-            for index, view in zip(bucket.indices, bucket.views, strict=True):
-                self._states[index].parameter.grad = None if index in unused else view
+            for index, (owner, gradient) in zip(bucket.indices, bucket.results, strict=True):
+                self._states[index].parameter.grad = None
+                owner.grad = None if index in unused else gradient
         return sums
 
     def place_of(self, parameter: nn.Parameter) -> Tensor | None:
@@ -242,8 +250,7 @@ class GradientSum:
         order = gathered[0][0]
         order = order + [index for index in reversed(trainable) if index not in set(order)]
         for run in self._runs(order):
-            parameters = [self._states[index].parameter for index in run]
-            bucket = make_bucket(self._group, run, parameters, self._compression)
+            bucket = self._make_bucket(self._group, run, [self._states[index].parameter for index in run])
             for index, view in zip(run, bucket.views, strict=True):
                 self._states[index].bucket, self._states[index].view = len(self._buckets), view
             self._buckets.append(bucket)

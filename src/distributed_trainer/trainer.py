@@ -35,6 +35,7 @@ from .direct import DirectLinear
 from .errors import MismatchError
 from .gradients import GradientSum
 from .replicas import SharedBuffers, align_models, align_random_states, rank_random_stream
+from .sharding import ShardedOptimizer, check_group, check_optimizer
 
 logger = logging.getLogger("distributed_trainer")
 
@@ -51,6 +52,7 @@ def create_distributed_trainer(
     split_batches: bool = True,
     sync_batchnorm: bool = True,
     compression: PowerSGD | None = None,
+    shard_optimizer: bool = False,
 ) -> DistributedTrainer:
     """Makes a trainer for `model`. Collective: every rank calls it, with the same model; blocks.
 
@@ -73,6 +75,9 @@ def create_distributed_trainer(
             part.
         compression: `distributed_trainer.compression.PowerSGD(rank=4)` sends the gradients of large weights as two
             thin factors, for slow networks. Lossy: results are no longer those of one process. None: exact.
+        shard_optimizer: Each rank keeps 1/N of the optimizer's state and updates 1/N of every parameter; the ranks of
+            a machine share one copy of the weights (docs/sharding.md). For CPU ranks and torch.optim's element-wise
+            optimizers: SGD, Adam, AdamW, Adagrad, RMSprop, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop.
 
     Raises:
         TypeError, ValueError: An argument is not what is described here.
@@ -88,20 +93,27 @@ def create_distributed_trainer(
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet: call the model once before create_distributed_trainer.")
+    if compression is not None and shard_optimizer:
+        raise ValueError("pass compression or shard_optimizer, not both: shards are summed exactly")
+    options = _Options(split_batches, sync_batchnorm, compression, shard_optimizer)
     if process_group is not None:
         if comm is not None:
             raise ValueError("pass comm or process_group, not both")
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        if shard_optimizer:
+            check_group(process_group, device)
         ranks = dist.get_process_group_ranks(process_group)
         groups = (process_group, dist.new_group(ranks, use_local_synchronization=True))
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        return DistributedTrainer(model, groups, device, 0, split_batches, sync_batchnorm, compression)
+        return DistributedTrainer(model, groups, device, 0, options)
     job = jobs.start(num_gpus, comm)
     if job.rank == 0:
         mode = "every rank reads the whole batch" if split_batches else "every rank reads its own part"
         print(f"distributed_trainer: {job.summary}; {mode}", flush=True)
-    model.to(job.device)
     groups = (job.create_group(), job.create_group())
-    return DistributedTrainer(model, groups, job.device, job.local_rank, split_batches, sync_batchnorm, compression)
+    if shard_optimizer:
+        check_group(groups[0], job.device)
+    model.to(job.device)
+    return DistributedTrainer(model, groups, job.device, job.local_rank, options)
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,16 @@ class _Part:
     """First rank that has samples: its buffers become everybody's."""
 
 
+@dataclass(frozen=True)
+class _Options:
+    """Those of `create_distributed_trainer` that outlive it."""
+
+    split_batches: bool
+    sync_batchnorm: bool
+    compression: PowerSGD | None
+    shard_optimizer: bool
+
+
 class DistributedTrainer:
     """Trains a model with all ranks of a job. Made by `create_distributed_trainer`; a context manager.
 
@@ -138,9 +160,7 @@ class DistributedTrainer:
         groups: tuple[Any, Any],
         device: torch.device,
         local_rank: int,
-        split_batches: bool,
-        sync_batchnorm: bool,
-        compression: PowerSGD | None,
+        options: _Options,
     ) -> None:
         # Two groups, since each has one order of calls: gradients become ready in another order than the calls of
         # forward and of this class are made.
@@ -152,7 +172,7 @@ class DistributedTrainer:
         self.world_size: int = self._group.size()
         self.local_rank = local_rank
         self.device = device
-        self._split_batches = split_batches
+        self._options = options
         self._is_closed = False
         self._is_out_of_data = False
         self._known_criteria: set[str] = set()
@@ -161,9 +181,15 @@ class DistributedTrainer:
         self._warned_new_optimizer = False
 
         align_models(model, self._group)
-        align_random_states(self._group, alike=split_batches)
-        self._gradients = GradientSum(model.named_parameters(), gradient_group, compression)
+        align_random_states(self._group, alike=options.split_batches)
+        self._sharded = None
+        make_bucket = None
+        if options.shard_optimizer and self.world_size > 1:
+            self._sharded = ShardedOptimizer(model, gradient_group, self._group)
+            make_bucket = self._sharded.make_bucket
+        self._gradients = GradientSum(model.named_parameters(), gradient_group, options.compression, make_bucket)
         self._direct = DirectLinear(model, self._gradients) if self.world_size > 1 else None
+        sync_batchnorm = options.sync_batchnorm
         self._batchnorm = GlobalBatchNorm(model, self._group) if sync_batchnorm and self.world_size > 1 else None
         self._buffers = SharedBuffers(model, self._group, skip_batchnorm=sync_batchnorm)
 
@@ -177,7 +203,8 @@ class DistributedTrainer:
         """Trains one step on the global batch: forward, backward, mean over all ranks, `optimizer.step()`.
 
         Collective, blocks. Afterwards the parameters on every rank are what one process gets on the whole batch. The
-        learning rate is not to be scaled by the number of ranks. Gradients stay in `.grad` until the next step.
+        learning rate is not to be scaled by the number of ranks. Gradients stay in `.grad` until the next step; with
+        `shard_optimizer=True` there are none.
 
         Args:
             inputs: A tensor, or a tuple, list or dict of tensors, nested as you like; a dict is passed to the model as
@@ -185,7 +212,9 @@ class DistributedTrainer:
             targets: Likewise; passed to the criterion as they are.
             criterion: Called as criterion(outputs, targets). With reduction "mean" (of samples, elements or weighted
                 targets, as the loss defines it) or "sum". Any other callable counts as a mean over samples.
-            optimizer: Of the model's parameters. Make it once: a new one has lost its state.
+            optimizer: Of the model's parameters. Make it once: a new one has lost its state. With
+                `shard_optimizer=True` its groups hold this rank's flat part of each parameter from the first step on;
+                `state_dict()` is then collective, and gives and takes what an ordinary optimizer does.
 
         Returns:
             The loss of the global batch, 0-dimensional and detached, with the same bits on every rank.
@@ -210,7 +239,10 @@ class DistributedTrainer:
             loss.backward()
         own_loss = 0.0 if part.is_ghost else loss.item()
         total_loss, has_changed_buffers = self._gradients.finish([own_loss, self._buffers.have_changed()])
-        optimizer.step()
+        if self._sharded is None:
+            optimizer.step()
+        else:
+            self._sharded.step(optimizer)
         self._note_optimizer(optimizer)
         if has_changed_buffers:
             self._buffers.share(part.source)
@@ -235,7 +267,7 @@ class DistributedTrainer:
             ValueError: The trainer takes whole batches, or some rank's loader is empty while another's is not (the
                 same on every rank).
         """
-        if self._split_batches:
+        if self._options.split_batches:
             raise ValueError(
                 "batches() is for loaders that differ between ranks. This trainer takes whole batches; make it with "
                 "split_batches=False, or iterate over the loader itself."
@@ -259,6 +291,8 @@ class DistributedTrainer:
         """
         self._is_closed = True
         self._gradients.close()
+        if self._sharded is not None:
+            self._sharded.close()
         for group in self._own_groups:
             group.close()
 
@@ -273,7 +307,7 @@ class DistributedTrainer:
     def __repr__(self) -> str:
         return (
             f"DistributedTrainer({type(self.model).__name__}, rank {self.rank} of {self.world_size}, "
-            f"device={str(self.device)!r}, split_batches={self._split_batches})"
+            f"device={str(self.device)!r}, split_batches={self._options.split_batches})"
         )
 
     def _part(self, inputs: Any, targets: Any, criterion: Callable[..., Any]) -> _Part:
@@ -281,7 +315,7 @@ class DistributedTrainer:
         roots = {"inputs": inputs, "targets": targets}
         num_samples = batch_size(roots)
         weight = local_weight(criterion, targets, num_samples)
-        if self._split_batches:
+        if self._options.split_batches:
             if num_samples == 0:
                 raise ValueError("the batch has no samples; skip it on every rank")
             self._check_same_batch(roots)
@@ -312,6 +346,10 @@ class DistributedTrainer:
             raise TypeError(f"criterion must be callable, such as nn.CrossEntropyLoss(), not {criterion!r}")
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        if self._options.shard_optimizer:
+            check_optimizer(optimizer)
+        if self._sharded is not None:
+            self._sharded.check_places()
         name = criterion_name(criterion)
         if name not in self._known_criteria:
             self._known_criteria.add(name)
@@ -324,7 +362,7 @@ class DistributedTrainer:
         if optimizer in self._known_optimizers:
             return
         own = {id(parameter) for parameter in self.model.parameters()}
-        ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        ids = self._parameter_ids(optimizer)
         if not ids <= own:
             raise ValueError(
                 f"the optimizer has {len(ids - own)} parameter(s) that are not the model's, so nobody would sum their "
@@ -343,8 +381,13 @@ class DistributedTrainer:
 
     def _note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self._last_optimizer is None or self._last_optimizer[0]() is not optimizer:
-            ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            self._last_optimizer = weakref.ref(optimizer), ids, bool(optimizer.state)
+            self._last_optimizer = weakref.ref(optimizer), self._parameter_ids(optimizer), bool(optimizer.state)
+
+    def _parameter_ids(self, optimizer: torch.optim.Optimizer) -> set[int]:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if self._sharded is not None:
+            parameters = [self._sharded.parameter_of(parameter) for parameter in parameters]
+        return {id(parameter) for parameter in parameters}
 
     def _check_same_batch(self, roots: dict[str, Any]) -> None:
         if self.world_size == 1:
@@ -357,7 +400,7 @@ class DistributedTrainer:
 
     def _random_stream(self) -> contextlib.AbstractContextManager[None]:
         # With parts each rank has streams of its own throughout, and alone it is the process to compare with.
-        if self.world_size == 1 or not self._split_batches:
+        if self.world_size == 1 or not self._options.split_batches:
             return contextlib.nullcontext()
         return rank_random_stream(self.rank, self.device)
 

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sharded optimizer, ZeRO stage 1 (Rajbhandari et al. 2020): each rank updates 1/N of every parameter.
+
+Rank r's shard of a parameter is part r of it, flat, cut at cache lines (`shard_bounds`); so what a rank owns depends on
+the parameter alone, and each keeps its own step count and its own right to be skipped when nobody used it. All ranks of
+a node have one copy of the weights, in shared memory. One step:
+
+1. Gradients are copied to their buckets as ever, but a bucket is reduced to shards: each rank gets the sum of its own.
+2. Commit point: the sum of the losses comes behind the last bucket, and needs a number of every rank, which that gives
+   when its backward is over and its shards are reduced. So a rank that has the sum may update its shards: no other rank
+   reads weights any more, and none still needs its buckets.
+3. The user's optimizer steps; its groups hold the shards.
+4. `gather_shards` ends when all ranks have called it, having updated theirs; between nodes it brings them across. So a
+   rank that returns from the step reads whole weights, and they stay as they are until it takes part in the next
+   step's commit point.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .buckets import LINE_BYTES, Bucket, view_like
+from .errors import MismatchError
+
+# They update each element from its own gradient and state alone, so that a part of a parameter can be updated by itself.
+_ELEMENT_WISE = (
+    *(torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop),
+    *(torch.optim.Adadelta, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD),
+    torch.optim.Rprop,
+)
+# Their state of a whole parameter; all else in their state has an element for each of the parameter's.
+_SCALAR_STATES = {"step", "mu_product", "eta", "mu"}
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for an optimizer that cannot update a part of a parameter by itself. Local."""
+    if type(optimizer) not in _ELEMENT_WISE:
+        names = ", ".join(kind.__name__ for kind in _ELEMENT_WISE)
+        raise ValueError(
+            f"shard_optimizer=True does not work with {type(optimizer).__name__}: each rank updates a part of every "
+            f"parameter, so the optimizer must treat each element by itself. Use one of torch.optim's {names}, or "
+            f"shard_optimizer=False."
+        )
+
+
+def check_group(group: Any, device: torch.device) -> None:
+    """Raises ValueError where there is no memory that ranks share. Local."""
+    if not hasattr(group, "allocate_shared"):
+        raise ValueError(
+            f"shard_optimizer=True needs a process group of the shmpi backend, which keeps one copy of the weights on "
+            f"each machine; this one is {group.name()}. Leave process_group out, or use shard_optimizer=False."
+        )
+    if device.type != "cpu":
+        raise ValueError(
+            f"shard_optimizer=True needs the model on the CPU, where ranks share memory; it is on {device}. Use "
+            f"shard_optimizer=False."
+        )
+
+
+def shard_bounds(num_elements: int, element_bytes: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """First element of rank's part and the one after its last. Parts differ by at most a cache line; some are empty.
+
+    The same cut as the engine's (`engine/collectives/parts.hpp`).
+    """
+    num_bytes = num_elements * element_bytes
+    num_lines = -(-num_bytes // LINE_BYTES)
+    start, stop = (min(num_bytes, num_lines * part // num_ranks * LINE_BYTES) for part in (rank, rank + 1))
+    return start // element_bytes, stop // element_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """A parameter, and what this rank owns of it."""
+
+    name: str
+    parameter: nn.Parameter
+    address: int
+    """Of the parameter's place in the shared memory."""
+    block: tuple[int, int]
+    """That place: offset, length in bytes."""
+    bounds: tuple[int, int]
+    """Of the own part, in elements."""
+    own: nn.Parameter
+    """The own part, 1-dimensional; what the optimizer updates."""
+
+    def cut(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The own part of an optimizer's state of the whole parameter."""
+        return {key: self._cut(key, value) if _is_per_element(key, value) else value for key, value in state.items()}
+
+    def _cut(self, key: str, value: Tensor) -> Tensor:
+        if value.shape != self.parameter.shape:
+            raise ValueError(
+                f"the optimizer's state {key} of {self.name} has shape {list(value.shape)}, the parameter has "
+                f"{list(self.parameter.shape)}. Load the state of an optimizer of the same model."
+            )
+        flat = torch.empty(value.numel(), dtype=value.dtype)
+        view_like(self.parameter, flat).copy_(value)
+        return flat[slice(*self.bounds)].clone()
+
+
+class ShardedOptimizer:
+    """The shards of a model's weights, and the optimizers that update them.
+
+    Making it is collective, blocks, and moves the parameters into memory that all ranks of a node share.
+
+    Args:
+        model: Alike on all ranks.
+        gradient_group: The group over which gradients are reduced, of shmpi.
+        group: Another of the same ranks, for what is called outside of backward.
+
+    Raises:
+        ValueError: Parameters lie in the same memory without being the same.
+    """
+
+    def __init__(self, model: nn.Module, gradient_group: Any, group: Any) -> None:
+        self._gradient_group = gradient_group
+        self._group = group
+        self._attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._is_stepping = False
+        self._is_closed = False
+        named = list(model.named_parameters())
+        _check_no_overlap(named)
+        lengths = [parameter.numel() * parameter.element_size() for _, parameter in named]
+        offsets = [0, *itertools.accumulate(-(-length // LINE_BYTES) * LINE_BYTES for length in lengths)]
+        self._memory = gradient_group.allocate_shared(max(1, offsets[-1]))
+        # By way of NumPy each parameter gets a storage of its own: torch.save writes whole storages.
+        blocks = [
+            torch.from_numpy(self._memory.numpy()[offset : offset + length])
+            for offset, length in zip(offsets, lengths, strict=False)
+        ]
+        self._shards = []
+        for (name, parameter), block, offset in zip(named, blocks, offsets, strict=False):
+            flat = block.view(parameter.dtype)
+            view = view_like(parameter, flat)
+            view.copy_(parameter.detach())  # all ranks of the node write the same
+            parameter.data = view
+            bounds = shard_bounds(flat.numel(), flat.element_size(), group.rank(), group.size())
+            own = nn.Parameter(flat[slice(*bounds)], requires_grad=flat.is_floating_point())
+            self._shards.append(_Shard(name, parameter, view.data_ptr(), (offset, block.numel()), bounds, own))
+        self._by_id = {id(key): shard for shard in self._shards for key in (shard.parameter, shard.own)}
+
+    def make_bucket(self, group: Any, indices: list[int], parameters: Sequence[nn.Parameter]) -> Bucket:
+        """A bucket that is reduced to shards, whose `.grad` it sets. Collective, blocks."""
+        return _ShardedBucket([self._by_id[id(parameter)] for parameter in parameters], group, indices, parameters)
+
+    def parameter_of(self, parameter: Tensor) -> Tensor:
+        """The model's parameter of which this is the shard; what is no shard itself. Local."""
+        shard = self._by_id.get(id(parameter))
+        return parameter if shard is None else shard.parameter
+
+    def check_places(self) -> None:
+        """Raises ValueError if a parameter was moved out of the shared memory. Local."""
+        for shard in self._shards:
+            if shard.parameter.data_ptr() != shard.address:
+                raise ValueError(
+                    f"{shard.name} has got other memory since the trainer was made with shard_optimizer=True, as "
+                    f"model.to() and assigning to .data do. Change parameters in place, or before making the trainer."
+                )
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Updates this rank's shards and waits until all ranks' are in the weights. Collective, blocks.
+
+        Only between the commit point of a step and the next forward.
+        """
+        self._attach(optimizer)
+        self._is_stepping = True
+        try:
+            optimizer.step()
+        finally:
+            self._is_stepping = False
+        updated = [shard.block for shard in self._shards_of(optimizer) if shard and shard.own.grad is not None]
+        self._gradient_group.gather_shards(self._memory, updated).wait()
+
+    def close(self) -> None:
+        """Gives the parameters memory of their own. Local; the optimizers are of no use afterwards."""
+        self._is_closed = True
+        for shard in self._shards:
+            shard.own.grad = None
+            if shard.parameter.data_ptr() == shard.address:
+                shard.parameter.data = shard.parameter.detach().clone()
+
+    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Has an optimizer hold shards in place of the model's parameters, and its state cut likewise."""
+        for group in optimizer.param_groups:
+            for position, parameter in enumerate(group["params"]):
+                shard = self._by_id.get(id(parameter))
+                if shard is None or parameter is shard.own:
+                    continue
+                group["params"][position] = shard.own
+                if parameter in optimizer.state:
+                    optimizer.state[shard.own] = shard.cut(optimizer.state.pop(parameter))
+        if optimizer not in self._attached:
+            self._attached.add(optimizer)
+            optimizer.register_step_pre_hook(self._before_step)
+            optimizer.register_state_dict_post_hook(self._gather_state)
+            optimizer.register_load_state_dict_pre_hook(self._cut_state)
+
+    def _shards_of(self, optimizer: torch.optim.Optimizer) -> list[_Shard | None]:
+        """In the order in which the optimizer numbers its parameters; None for a parameter that is not attached yet."""
+        parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        shards = [(parameter, self._by_id.get(id(parameter))) for parameter in parameters]
+        return [shard if shard and parameter is shard.own else None for parameter, shard in shards]
+
+    def _before_step(self, _optimizer: torch.optim.Optimizer, _arguments: Any, _keywords: Any) -> None:
+        if not self._is_stepping:
+            raise ValueError(
+                "optimizer.step() was called outside of train_step. With shard_optimizer=True the optimizer holds "
+                "this rank's part of each parameter, and works within train_step only. Make another for steps of "
+                "your own."
+            )
+
+    def _gather_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Hook of `optimizer.state_dict()`: the state of whole parameters. Collective, blocks."""
+        if self._is_closed:
+            raise ValueError(
+                "the trainer was closed, so the other ranks' parts of the optimizer's state cannot be had any more. "
+                "Call optimizer.state_dict() before trainer.close()."
+            )
+        state = dict(state_dict["state"])
+        try:
+            for index, shard in enumerate(self._shards_of(optimizer)):
+                if shard is not None and index in state:
+                    state[index] = {
+                        key: self._gather(shard, value) if _is_per_element(key, value) else value
+                        for key, value in state[index].items()
+                    }
+        except MismatchError as error:
+            raise MismatchError(
+                f"optimizer.state_dict() gathers the state from all ranks with shard_optimizer=True: call it on every "
+                f"rank, at the same place of the program ({error})"
+            ) from error
+        return {**state_dict, "state": state}
+
+    def _gather(self, shard: _Shard, own: Tensor) -> Tensor:
+        parameter, size = shard.parameter, self._group.size()
+        bounds = [shard_bounds(parameter.numel(), parameter.element_size(), rank, size) for rank in range(size)]
+        longest = max(stop - start for start, stop in bounds)
+        padded, gathered = own.new_zeros(longest), own.new_empty((size, longest))
+        padded[: own.numel()] = own
+        self._group._allgather_base(gathered, padded).wait()
+        parts = [row[: stop - start] for row, (start, stop) in zip(gathered, bounds, strict=True)]
+        return view_like(parameter, torch.cat(parts))
+
+    def _cut_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Hook of `optimizer.load_state_dict()`, which gets the state of whole parameters. Local."""
+        state = dict(state_dict["state"])
+        numbers = itertools.chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for number, shard in zip(numbers, self._shards_of(optimizer), strict=False):  # torch compares the lengths
+            if shard is not None and number in state:
+                state[number] = shard.cut(state[number])
+        return {**state_dict, "state": state}
+
+
+class _ShardedBucket(Bucket):
+    """A bucket whose reduction leaves each rank the sum of its own shards, as their `.grad`."""
+
+    def __init__(
+        self, shards: Sequence[_Shard], group: Any, indices: list[int], parameters: Sequence[nn.Parameter]
+    ) -> None:
+        super().__init__(group, indices, parameters)
+        width = self._buffer.element_size()
+        self._blocks = [
+            (start * width, parameter.numel() * width)
+            for start, parameter in zip(self._starts, parameters, strict=True)
+        ]
+        self.results = [
+            (shard.own, self._buffer[start:][slice(*shard.bounds)])
+            for start, shard in zip(self._starts, shards, strict=True)
+        ]
+
+    def start(self) -> None:
+        self._work = self._group.reduce_shards(self._buffer, self._blocks)
+
+    def close(self) -> None:
+        for owner, _ in self.results:
+            owner.grad = None  # of a parameter that may be frozen from now on
+        super().close()
+
+
+def _is_per_element(key: str, value: Any) -> bool:
+    return isinstance(value, Tensor) and key not in _SCALAR_STATES
+
+
+def _check_no_overlap(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    """What writes to one of two parameters would no longer write to the other once they have been moved."""
+    places = sorted(
+        (parameter.data_ptr(), parameter.numel() * parameter.element_size(), name)
+        for name, parameter in named
+        if parameter.numel()
+    )
+    for (start, length, name), (next_start, _, next_name) in itertools.pairwise(places):
+        if next_start < start + length:
+            raise ValueError(
+                f"{name} and {next_name} are different parameters in the same memory. For shard_optimizer=True make "
+                f"them one parameter (module.weight = other.weight)."
+            )
