@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LINE_BYTES = 64
 
@@ -60,7 +60,7 @@ class Bucket:
             view_like(parameter, self._buffer[start:])
             for start, parameter in zip(self._starts, parameters, strict=True)
         ]
-        self.results: list[tuple[nn.Parameter, Tensor]] = list(zip(parameters, self.views, strict=True))
+        self.results: list[tuple[Tensor, Tensor]] = list(zip(parameters, self.views, strict=True))
         self.reset()
 
     @property

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .buckets import LINE_BYTES, Bucket, view_like
 from .errors import MismatchError
 
-# They update each element from its own gradient and state alone, so that a part of a parameter can be updated by itself.
+# They update an element from its own gradient and state alone, so a part of a parameter can be updated by itself.
 _ELEMENT_WISE = (
     *(torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop),
     *(torch.optim.Adadelta, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.ASGD),
@@ -50,8 +50,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def check_group(group: Any, device: torch.device) -> None:
-    """Raises ValueError where there is no memory that ranks share. Local."""
+def check_model(model: nn.Module, group: Any, device: torch.device) -> None:
+    """Raises ValueError if the parameters cannot be moved into memory that ranks share. Local."""
     if not hasattr(group, "allocate_shared"):
         raise ValueError(
             f"shard_optimizer=True needs a process group of the shmpi backend, which keeps one copy of the weights on "
@@ -62,6 +62,19 @@ def check_group(group: Any, device: torch.device) -> None:
             f"shard_optimizer=True needs the model on the CPU, where ranks share memory; it is on {device}. Use "
             f"shard_optimizer=False."
         )
+    # What writes to one of two parameters would no longer write to the other once they have been moved.
+    places = sorted(
+        (parameter.data_ptr(), parameter.numel() * parameter.element_size(), name)
+        for name, parameter in model.named_parameters()
+        if parameter.numel()
+    )
+    for (start, length, name), (next_start, _, next_name) in itertools.pairwise(places):
+        if next_start < start + length:
+            names = " and ".join(sorted((name, next_name)))
+            raise ValueError(
+                f"{names} are different parameters in the same memory. For shard_optimizer=True make them one "
+                f"parameter (module.weight = other.weight)."
+            )
 
 
 def shard_bounds(num_elements: int, element_bytes: int, rank: int, num_ranks: int) -> tuple[int, int]:
@@ -111,12 +124,9 @@ class ShardedOptimizer:
     Making it is collective, blocks, and moves the parameters into memory that all ranks of a node share.
 
     Args:
-        model: Alike on all ranks.
+        model: Alike on all ranks, and found fit by `check_model`.
         gradient_group: The group over which gradients are reduced, of shmpi.
         group: Another of the same ranks, for what is called outside of backward.
-
-    Raises:
-        ValueError: Parameters lie in the same memory without being the same.
     """
 
     def __init__(self, model: nn.Module, gradient_group: Any, group: Any) -> None:
@@ -126,7 +136,6 @@ class ShardedOptimizer:
         self._is_stepping = False
         self._is_closed = False
         named = list(model.named_parameters())
-        _check_no_overlap(named)
         lengths = [parameter.numel() * parameter.element_size() for _, parameter in named]
         offsets = [0, *itertools.accumulate(-(-length // LINE_BYTES) * LINE_BYTES for length in lengths)]
         self._memory = gradient_group.allocate_shared(max(1, offsets[-1]))
@@ -286,18 +295,3 @@ class _ShardedBucket(Bucket):
 
 def _is_per_element(key: str, value: Any) -> bool:
     return isinstance(value, Tensor) and key not in _SCALAR_STATES
-
-
-def _check_no_overlap(named: Sequence[tuple[str, nn.Parameter]]) -> None:
-    """What writes to one of two parameters would no longer write to the other once they have been moved."""
-    places = sorted(
-        (parameter.data_ptr(), parameter.numel() * parameter.element_size(), name)
-        for name, parameter in named
-        if parameter.numel()
-    )
-    for (start, length, name), (next_start, _, next_name) in itertools.pairwise(places):
-        if next_start < start + length:
-            raise ValueError(
-                f"{name} and {next_name} are different parameters in the same memory. For shard_optimizer=True make "
-                f"them one parameter (module.weight = other.weight)."
-            )

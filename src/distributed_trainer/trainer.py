@@ -35,7 +35,7 @@ from .direct import DirectLinear
 from .errors import MismatchError
 from .gradients import GradientSum
 from .replicas import SharedBuffers, align_models, align_random_states, rank_random_stream
-from .sharding import ShardedOptimizer, check_group, check_optimizer
+from .sharding import ShardedOptimizer, check_model, check_optimizer
 
 logger = logging.getLogger("distributed_trainer")
 
@@ -101,7 +101,7 @@ def create_distributed_trainer(
             raise ValueError("pass comm or process_group, not both")
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if shard_optimizer:
-            check_group(process_group, device)
+            check_model(model, process_group, device)
         ranks = dist.get_process_group_ranks(process_group)
         groups = (process_group, dist.new_group(ranks, use_local_synchronization=True))
         return DistributedTrainer(model, groups, device, 0, options)
@@ -111,7 +111,7 @@ def create_distributed_trainer(
         print(f"distributed_trainer: {job.summary}; {mode}", flush=True)
     groups = (job.create_group(), job.create_group())
     if shard_optimizer:
-        check_group(groups[0], job.device)
+        check_model(model, groups[0], job.device)
     model.to(job.device)
     return DistributedTrainer(model, groups, job.device, job.local_rank, options)
 
