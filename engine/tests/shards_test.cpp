@@ -2,7 +2,7 @@
 #include "collectives/shards.hpp"
 
 #include <algorithm>
-#include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #include "collectives/parts.hpp"
@@ -17,7 +17,7 @@ using namespace test;
 std::vector<Block> blocks_of(std::size_t width) {
   std::vector<Block> blocks;
   std::size_t offset = 64;
-  for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{33}, std::size_t{100}, std::size_t{10007}}) {
+  for (const std::size_t count : std::initializer_list<std::size_t>{0, 1, 33, 100, 10007}) {
     blocks.push_back({offset, count * width});
     offset += (count * width + 127) / 64 * 64;
   }
@@ -53,7 +53,8 @@ const Test reduces("reduce_shards: each rank gets its part of every block", Runs
           std::ranges::copy(own, buffers.back().begin());
         }
         for (const auto buffer : buffers) {
-          operations.push_back(layout.engine.reduce_shards(group, buffer, blocks_of(width), {.dtype = dtype, .op = op}));
+          const Reduction reduction{.dtype = dtype, .op = op};
+          operations.push_back(layout.engine.reduce_shards(group, buffer, blocks_of(width), reduction));
         }
         for (std::size_t i = 0; i < buffers.size(); ++i) {
           finish(layout.engine, operations[i]);
