@@ -43,8 +43,7 @@ lint: .venv/.installed  ## Style of the Python sources
 	.venv/bin/ruff format --check .
 
 bench: build  ## Speed beside gloo, MPI and torch's DistributedDataParallel
-	.venv/bin/mpirun --bind-to none -np 2 .venv/bin/python benchmarks/all_reduce.py
-	.venv/bin/mpirun --bind-to none -np 2 .venv/bin/python benchmarks/training_step.py
+	.venv/bin/python benchmarks/run.py build/bench
 
 build: build-openmpi build-mpich  ## The engine's modules, put into src/distributed_trainer
 

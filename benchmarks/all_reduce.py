@@ -11,13 +11,13 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from floor import Floor
-from measure import interleave
+from measure import interleave, report
 from mpi4py import MPI
 
 from distributed_trainer import job as jobs
 
 SIZES_BYTES = [8, 64 << 10, 1 << 20, 4 << 20, 25 << 20, 100 << 20]
-SECONDS_PER_SIZE = 6.0
+SECONDS_PER_SIZE = 2.0
 
 
 def main() -> None:
@@ -43,10 +43,12 @@ def main() -> None:
         if num_bytes >= 64 << 10:
             contenders["floor"] = Floor(num_bytes // 4 // (16 * job.engine.size) * 16 * job.engine.size)
         results = interleave(contenders, SECONDS_PER_SIZE, lambda: group.barrier().wait())
-        if job.rank == 0:
-            ours = results["engine"]
-            columns = [f"{name} {1e3 * value:.4g} ({ours / value:.2f})" for name, value in results.items()]
-            print(f"{num_bytes / 1024:8.5g} KiB  " + "   ".join(columns), flush=True)
+        ours = results["engine"]
+        columns = [f"{name} {1e3 * value:.4g} ({ours / value:.2f})" for name, value in results.items()]
+        report(
+            {"benchmark": "all_reduce", "KiB": num_bytes / 1024, "ranks": job.engine.size, "seconds": results},
+            f"{num_bytes / 1024:8.5g} KiB  " + "   ".join(columns),
+        )
         group.release(bucket)
     dist.destroy_process_group()
 
