@@ -87,6 +87,12 @@ def test_bits(world, monkeypatch, dtype, shape):
     compare(world, monkeypatch, lambda: Net(dtype), ALL, dtype=dtype, shape=shape)
 
 
+@several
+def test_switch(world, monkeypatch):
+    monkeypatch.setenv("DTRAIN_DIRECT_GRADIENTS", "off")
+    compare(world, monkeypatch, Net, set())
+
+
 class TwiceUsed(Net):
     def forward(self, x):
         return super().forward(torch.tanh(self.second(x)))

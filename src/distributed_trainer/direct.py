@@ -9,11 +9,12 @@ The bits are autograd's: the same products of the same operands. Where that is n
 through autograd: weights that several modules have or that are used several times in a step, hooks on a weight,
 autocast, double backward, what a criterion asks of torch.autograd.grad, functorch's transforms, torch.compile,
 subclasses of nn.Linear and instances whose forward was replaced. So it does on other devices than the CPU, where it was
-not measured.
+not measured, and everywhere with DTRAIN_DIRECT_GRADIENTS=off.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,9 +44,10 @@ class DirectLinear:
     def __init__(self, model: nn.Module, gradients: GradientSum) -> None:
         self._layers: list[nn.Linear] = []
         modules = list(model.modules())
-        # Not by class, whose import would load the compiler.
-        if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in modules):
+        if os.environ.get("DTRAIN_DIRECT_GRADIENTS") == "off":
             return
+        if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in modules):
+            return  # told by the name, since importing the class would load the compiler
         owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
         for module in modules:
             if type(module) is not nn.Linear or "forward" in vars(module) or owners[id(module.weight)] > 1:
