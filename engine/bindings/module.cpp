@@ -103,6 +103,8 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
       .value("MIN", ReduceOp::min)
       .value("MAX", ReduceOp::max);
 
+  nb::enum_<DataType>(m, "WireDtype").value("bfloat16", DataType::bfloat16).value("float16", DataType::float16);
+
   nb::class_<Pending>(m, "Operation")
       .def("wait", &wait, nb::arg("timeout_seconds") = nb::none(),
            "Blocks until done; False after timeout_seconds. Raises what the operation failed with.")
@@ -159,12 +161,13 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           "One zeroed block on each node, which all its ranks of the group map. Collective, blocks.")
       .def(
           "all_reduce",
-          [](const EngineGroup& self, nb::handle buffer, ReduceOp op) {
+          [](const EngineGroup& self, nb::handle buffer, ReduceOp op, std::optional<DataType> wire_dtype) {
             const auto [bytes, dtype] = reducible_memory_of(buffer);
-            const Reduction reduction{.dtype = *dtype, .op = op};
+            const Reduction reduction{.dtype = *dtype, .op = op, .wire_dtype = wire_dtype};
             return released(self, [&](Engine& e, Group& g) { return e.all_reduce(g, bytes, reduction); });
           },
-          nb::arg("buffer"), nb::arg("op") = ReduceOp::sum)
+          nb::arg("buffer"), nb::arg("op") = ReduceOp::sum, nb::arg("wire_dtype") = nb::none(),
+          "wire_dtype: type in which sums of float32 cross between nodes.")
       .def(
           "broadcast",
           [](const EngineGroup& self, nb::handle buffer, int root) {
@@ -274,6 +277,20 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
       .def_prop_ro("node_of_rank", [](const Engine& self) { return self.node().node_of_rank(); })
       .def("cores_of", [](const Engine& self, int rank) { return self.node().cores_of(rank); }, nb::arg("rank"))
       .def_prop_ro("has_thread", &Engine::has_thread)
+      .def(
+          "counters",
+          [](const Engine& self) {
+            nb::dict counts;
+            counts["collectives"] = self.counters().collectives.load();
+            counts["messages_sent"] = self.counters().messages_sent.load();
+            counts["bytes_sent"] = self.counters().bytes_sent.load();
+            counts["messages_received"] = self.counters().messages_received.load();
+            counts["bytes_received"] = self.counters().bytes_received.load();
+            counts["mpi_collectives"] = self.counters().mpi_collectives.load();
+            return counts;
+          },
+          "What this rank has done since the start: collectives that succeeded; messages to and from other nodes and "
+          "their bytes; calls of MPI's own collectives between nodes, whose messages are not counted.")
       .def(
           "create_group",
           [](const std::shared_ptr<Engine>& self, const std::vector<int>& ranks) {

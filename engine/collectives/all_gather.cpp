@@ -22,7 +22,7 @@ Task all_gather(Group& group, std::span<const std::byte> input, std::span<std::b
     } else {
       received.resize(work.size() * size);
       for (std::size_t rank = 0; rank < size; ++rank) pieces.push_back(received.data() + rank * work.size());
-      mpi::Transfer transfer = group.communicator().gather_to_all(work, received);
+      mpi::Transfer transfer = group.gather_to_all(work, received);
       auto arrived = Until([&transfer] { return transfer.test(); });
       co_await arrived;
     }

@@ -9,17 +9,13 @@
 namespace dtrain {
 
 // Reduces `buffer` over all ranks of `group`, in place. Collective; every rank ends with the same bits. To be called
-// once the calls of all ranks are known.
+// once the calls of all ranks are known. What follows is for a group on one node; all_reduce_nodes.hpp has several.
 //
-// P local ranks on this node, N nodes, L = the largest P of any node.
 // 1. Each rank's data is where its node can read it: in place if all allocated the buffer together, else copied piece
 //    by piece into the scratch memory of the group.
-// 2. It is cut into L slices; slice s belongs to local rank s mod P, its carrier, on each node. The carrier reduces
-//    the slice over its node's ranks, in their order.
-// 3. With N > 1 the carriers of a slice cut it into N pieces and send piece n to node n, whose carrier reduces the N
-//    partial results in the order of the nodes and sends the piece to all. So each byte crosses once each way.
-// 4. The result is written to all ranks' buffers by the carrier, or fetched by each rank from the scratch memory.
-// Invariant: every element is reduced by one rank in one fixed order (of each node, then of the nodes).
+// 2. It is cut into a slice for each rank, its carrier, which reduces it over all ranks, in their order.
+// 3. The result is written to all ranks' buffers by the carrier, or fetched by each rank from the scratch memory.
+// Invariant: every element is reduced by one rank in one fixed order.
 Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction);
 
 }  // namespace dtrain

@@ -19,7 +19,7 @@ Task broadcast(Group& group, std::span<std::byte> buffer, int root) {
       co_await filled;
       if (group.rank() != root) std::memcpy(work.data(), place, work.size());
     } else {
-      mpi::Transfer transfer = group.communicator().broadcast(work, root);
+      mpi::Transfer transfer = group.broadcast(work, root);
       auto arrived = Until([&transfer] { return transfer.test(); });
       co_await arrived;
     }

@@ -15,15 +15,52 @@ void Operation::rethrow() const {
 }
 
 Group::Group(mpi::Communicator communicator, std::vector<int> world_ranks, std::vector<int> node_of_rank,
-             LocalGroup local)
+             LocalGroup local, std::shared_ptr<Counters> counters)
     : communicator_(communicator),
       world_ranks_(std::move(world_ranks)),
       node_of_rank_(std::move(node_of_rank)),
-      local_(std::move(local)) {
+      local_(std::move(local)),
+      counters_(std::move(counters)) {
   ranks_of_node_.resize(static_cast<std::size_t>(std::ranges::max(node_of_rank_)) + 1);
   for (int member = 0; member < size(); ++member) {
     ranks_of_node_[static_cast<std::size_t>(node_of_rank_[static_cast<std::size_t>(member)])].push_back(member);
   }
+}
+
+mpi::Transfer Group::send(std::span<const std::byte> bytes, int destination, int tag) const {
+  if (node_of_rank_[static_cast<std::size_t>(destination)] != node()) {
+    ++counters_->messages_sent;
+    counters_->bytes_sent += bytes.size();
+  }
+  return communicator_.send(bytes, destination, tag);
+}
+
+mpi::Transfer Group::receive(std::span<std::byte> bytes, int source, int tag) const {
+  if (node_of_rank_[static_cast<std::size_t>(source)] != node()) {
+    ++counters_->messages_received;
+    counters_->bytes_received += bytes.size();
+  }
+  return communicator_.receive(bytes, source, tag);
+}
+
+mpi::Transfer Group::broadcast(std::span<std::byte> bytes, int root) const {
+  ++counters_->mpi_collectives;
+  return communicator_.broadcast(bytes, root);
+}
+
+mpi::Transfer Group::gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const {
+  ++counters_->mpi_collectives;
+  return communicator_.gather_to_all(mine, all);
+}
+
+mpi::Transfer Group::barrier() const {
+  ++counters_->mpi_collectives;
+  return communicator_.barrier();
+}
+
+std::span<std::byte> Group::staging(std::size_t num_bytes) {
+  if (staging_.size() < num_bytes) staging_.resize(num_bytes);
+  return staging_;
 }
 
 void Group::submit(std::shared_ptr<Operation> operation) {
@@ -85,8 +122,8 @@ bool Group::know_all_calls() {
   if (num_nodes() == 1) return true;
   if (!calls_transfer_) {
     calls_.resize(static_cast<std::size_t>(size()));
-    calls_transfer_ = communicator_.gather_to_all(std::as_bytes(std::span(&queue_.front()->call_, 1)),
-                                                  std::as_writable_bytes(std::span(calls_)));
+    calls_transfer_ = gather_to_all(std::as_bytes(std::span(&queue_.front()->call_, 1)),
+                                    std::as_writable_bytes(std::span(calls_)));
   }
   if (!calls_transfer_->test()) return false;
   calls_transfer_.reset();
@@ -136,6 +173,7 @@ void Group::finish_head(std::exception_ptr error) {
     abandoned_.push_back(head);  // MPI may still write into its buffers
   } else {
     head->task_.reset();  // and its temporary memory with it
+    ++counters_->collectives;
   }
   head->error_ = std::move(error);
   head->done_.store(1, std::memory_order_release);

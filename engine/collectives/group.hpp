@@ -46,13 +46,25 @@ class Operation {
   std::atomic<std::uint32_t> done_{0};
 };
 
+// What the groups of an engine have done. The engine's driver writes, any thread reads.
+struct Counters {
+  std::atomic<std::uint64_t> collectives{0};  // that succeeded
+  // Messages between nodes, and the bytes in them.
+  std::atomic<std::uint64_t> messages_sent{0};
+  std::atomic<std::uint64_t> bytes_sent{0};
+  std::atomic<std::uint64_t> messages_received{0};
+  std::atomic<std::uint64_t> bytes_received{0};
+  // Calls of MPI's own collectives; what those send is not counted, since MPI decides it.
+  std::atomic<std::uint64_t> mpi_collectives{0};
+};
+
 // Not thread-safe: only the thread that drives the engine calls what changes it.
 class Group {
  public:
   // `world_ranks`: the engine's number of each rank of the group. `node_of_rank`: its node, numbered 0, 1, ... in the
   // order of the lowest rank.
-  Group(mpi::Communicator communicator, std::vector<int> world_ranks, std::vector<int> node_of_rank,
-        LocalGroup local);
+  Group(mpi::Communicator communicator, std::vector<int> world_ranks, std::vector<int> node_of_rank, LocalGroup local,
+        std::shared_ptr<Counters> counters);
 
   int rank() const { return communicator_.rank(); }
   int size() const { return communicator_.size(); }
@@ -63,7 +75,17 @@ class Group {
   const std::vector<int>& ranks_of_node(int node) const { return ranks_of_node_[static_cast<std::size_t>(node)]; }
   LocalGroup& local() { return local_; }
   const mpi::Communicator& communicator() const { return communicator_; }
-  mpi::Communicator& communicator() { return communicator_; }
+
+  // Transfers of the operation that runs now; counted.
+  mpi::Transfer send(std::span<const std::byte> bytes, int destination, int tag) const;
+  mpi::Transfer receive(std::span<std::byte> bytes, int source, int tag) const;
+  mpi::Transfer broadcast(std::span<std::byte> bytes, int root) const;
+  mpi::Transfer gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const;
+  mpi::Transfer barrier() const;
+
+  // Memory for the operation that runs now, of at least `num_bytes` and any content. It is kept for the next one, since
+  // fresh memory costs more than what is done in it.
+  std::span<std::byte> staging(std::size_t num_bytes);
 
   // Queues a collective.
   void submit(std::shared_ptr<Operation> operation);
@@ -103,6 +125,8 @@ class Group {
   // With several nodes: what every rank calls at the head of the queue, and the transfer that tells.
   std::vector<Call> calls_;
   std::optional<mpi::Transfer> calls_transfer_;
+  std::shared_ptr<Counters> counters_;
+  std::vector<std::byte> staging_;
   std::vector<std::shared_ptr<Operation>> abandoned_;
   std::uint64_t num_finished_ = 0;
   std::exception_ptr failure_;

@@ -12,7 +12,9 @@ namespace dtrain {
 std::string Call::description() const {
   const std::string elements = std::to_string(count) + " " + name(dtype);
   switch (collective) {
-    case Collective::all_reduce: return std::string("all_reduce(") + name(op) + ", " + elements + ")";
+    case Collective::all_reduce:
+      return std::string("all_reduce(") + name(op) + ", " + elements +
+             (wire_dtype != dtype ? std::string(", as ") + name(wire_dtype) + " between nodes)" : ")");
     case Collective::broadcast: return "broadcast(root " + std::to_string(root) + ", " + elements + ")";
     case Collective::all_gather: return "all_gather(" + elements + ")";
     case Collective::reduce_scatter: return std::string("reduce_scatter(") + name(op) + ", " + elements + ")";
@@ -105,11 +107,15 @@ bool LocalGroup::all_arrived(std::uint64_t target) const {
 }
 
 std::vector<std::byte*> LocalGroup::next_scratch() {
-  std::vector<std::byte*> scratch;
-  for (const Mapping& block : *blocks_) {
-    scratch.push_back(block.bytes().data() + sizeof(Header) + half_ * scratch_bytes);
-  }
+  std::vector<std::byte*> scratch = all_scratch();
+  for (std::byte*& place : scratch) place += half_ * scratch_bytes;
   half_ = 1 - half_;
+  return scratch;
+}
+
+std::vector<std::byte*> LocalGroup::all_scratch() const {
+  std::vector<std::byte*> scratch;
+  for (const Mapping& block : *blocks_) scratch.push_back(block.bytes().data() + sizeof(Header));
   return scratch;
 }
 

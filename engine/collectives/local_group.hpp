@@ -27,6 +27,7 @@ struct Call {
   Collective collective = Collective::barrier;
   DataType dtype = DataType::uint8;
   ReduceOp op = ReduceOp::sum;
+  DataType wire_dtype = DataType::uint8;  // of reductions: in which sums cross between nodes
   std::int32_t root = 0;
   std::uint64_t count = 0;
   // Where the buffer lies in memory that the members allocated together (number of the allocation, from 1, and offset
@@ -35,8 +36,8 @@ struct Call {
   std::uint64_t offset_bytes = 0;
 
   bool agrees_with(const Call& other) const {
-    return collective == other.collective && dtype == other.dtype && op == other.op && root == other.root &&
-           count == other.count;
+    return collective == other.collective && dtype == other.dtype && op == other.op &&
+           wire_dtype == other.wire_dtype && root == other.root && count == other.count;
   }
   std::string description() const;
 };
@@ -87,6 +88,10 @@ class LocalGroup {
   // Each member's scratch_bytes for the next piece of work. Two halves take turns: with at least one barrier in each
   // turn, a half is written again only after all members are through with it.
   std::vector<std::byte*> next_scratch();
+
+  // All of each member's scratch memory, twice scratch_bytes. Whoever takes it waits at a barrier before, so that no
+  // member still uses what it got from next_scratch(), and at one after.
+  std::vector<std::byte*> all_scratch() const;
 
   // Adds memory in which collectives need no copies.
   void add(std::shared_ptr<const Allocation> allocation);

@@ -7,6 +7,19 @@
 #include "collectives/parts.hpp"
 
 namespace dtrain {
+namespace {
+
+// What node number `node` reduces of a slice.
+std::span<std::byte> route_piece(const Group& group, std::span<std::byte> slice, int node, NodeExchange::Route route) {
+  if (route == NodeExchange::Route::one_hop) return slice;
+  return part_of(slice, static_cast<std::size_t>(node), static_cast<std::size_t>(group.num_nodes()));
+}
+
+// Exchanges side by side must not take each other's messages, so the two steps have tags of their own.
+int scatter_tag(std::size_t slice) { return static_cast<int>(2 * slice); }
+int gather_tag(std::size_t slice) { return static_cast<int>(2 * slice + 1); }
+
+}  // namespace
 
 std::size_t num_slices(const Group& group) {
   std::size_t most = 0;
@@ -19,29 +32,57 @@ int carrier(const Group& group, std::size_t slice, int node) {
   return ranks[slice % ranks.size()];
 }
 
-NodeExchange::NodeExchange(const Group& group, std::vector<Slice> slices) : group_(group), slices_(std::move(slices)) {
+// N nodes, slices of S bytes: one hop costs (N-1) S bytes and one latency, two hops 2 (N-1)/N S bytes and two. So one
+// hop is better while the bytes it sends more, (N-1)(N-2)/N S, take less time than a latency.
+NodeExchange::Route NodeExchange::choose_route(const Group& group, std::size_t num_bytes) {
+  constexpr std::size_t bytes_per_latency = 16 << 10;  // 100 us at 1.3 Gbit/s
+  const auto nodes = static_cast<std::size_t>(group.num_nodes());
+  const std::size_t more = num_bytes / nodes * (nodes - 1) * (nodes - 2);
+  return more <= bytes_per_latency ? Route::one_hop : Route::two_hops;
+}
+
+std::size_t NodeExchange::memory_bytes(const Group& group, std::span<const Slice> slices, Route route) {
   std::size_t num_bytes = 0;
-  for (const Slice& slice : slices_) num_bytes += own_piece(slice).size();
-  received_.resize(num_bytes * static_cast<std::size_t>(group.num_nodes() - 1));
+  for (const Slice& slice : slices) num_bytes += route_piece(group, slice.bytes, group.node(), route).size();
+  return num_bytes * static_cast<std::size_t>(group.num_nodes() - 1);
+}
+
+NodeExchange::NodeExchange(const Group& group, std::vector<Slice> slices, Route route, std::span<std::byte> memory)
+    : group_(&group), slices_(std::move(slices)), route_(route), received_(memory) {
+  const std::size_t needed = memory_bytes(group, slices_, route);
+  if (received_.size() < needed) {
+    own_memory_.resize(needed);
+    received_ = own_memory_;
+  }
 }
 
 std::span<std::byte> NodeExchange::piece(const Slice& slice, int node) const {
-  return part_of(slice.bytes, static_cast<std::size_t>(node), static_cast<std::size_t>(group_.num_nodes()));
+  return route_piece(*group_, slice.bytes, node, route_);
+}
+
+void NodeExchange::exchange(std::span<std::byte> incoming, std::span<const std::byte> outgoing, int peer, int tag,
+                            std::vector<mpi::Transfer>& transfers) const {
+  for (std::size_t start = 0; start < incoming.size(); start += message_bytes) {
+    const std::size_t num_bytes = std::min(message_bytes, incoming.size() - start);
+    transfers.push_back(group_->receive(incoming.subspan(start, num_bytes), peer, tag));
+  }
+  for (std::size_t start = 0; start < outgoing.size(); start += message_bytes) {
+    const std::size_t num_bytes = std::min(message_bytes, outgoing.size() - start);
+    transfers.push_back(group_->send(outgoing.subspan(start, num_bytes), peer, tag));
+  }
 }
 
 std::vector<mpi::Transfer> NodeExchange::scatter() {
   std::vector<mpi::Transfer> transfers;
   std::byte* next = received_.data();
   for (const Slice& slice : slices_) {
-    const auto tag = static_cast<int>(slice.number);
-    for (int node = 0; node < group_.num_nodes(); ++node) {
-      if (node == group_.node()) continue;
-      const int peer = carrier(group_, slice.number, node);
+    const int tag = scatter_tag(slice.number);
+    for (int node = 0; node < group_->num_nodes(); ++node) {
+      if (node == group_->node()) continue;
+      const int peer = carrier(*group_, slice.number, node);
       const std::span<std::byte> incoming(next, own_piece(slice).size());
       next += incoming.size();
-      if (!incoming.empty()) transfers.push_back(group_.communicator().receive(incoming, peer, tag));
-      const auto outgoing = piece(slice, node);
-      if (!outgoing.empty()) transfers.push_back(group_.communicator().send(outgoing, peer, tag));
+      exchange(incoming, piece(slice, node), peer, tag, transfers);
     }
   }
   return transfers;
@@ -53,9 +94,9 @@ void NodeExchange::reduce(const Reduction& reduction) {
   for (const Slice& slice : slices_) {
     const auto own = own_piece(slice);
     partials.clear();
-    for (int node = 0; node < group_.num_nodes(); ++node) {
-      partials.push_back(node == group_.node() ? own.data() : next);
-      if (node != group_.node()) next += own.size();
+    for (int node = 0; node < group_->num_nodes(); ++node) {
+      partials.push_back(node == group_->node() ? own.data() : next);
+      if (node != group_->node()) next += own.size();
     }
     std::byte* const result = own.data();
     dtrain::reduce(partials, {&result, 1}, own.size() / element_bytes(reduction.dtype), reduction);
@@ -64,15 +105,13 @@ void NodeExchange::reduce(const Reduction& reduction) {
 
 std::vector<mpi::Transfer> NodeExchange::gather() {
   std::vector<mpi::Transfer> transfers;
+  if (route_ == Route::one_hop) return transfers;
   for (const Slice& slice : slices_) {
-    const auto tag = static_cast<int>(slice.number);
-    for (int node = 0; node < group_.num_nodes(); ++node) {
-      if (node == group_.node()) continue;
-      const int peer = carrier(group_, slice.number, node);
-      const auto incoming = piece(slice, node);
-      if (!incoming.empty()) transfers.push_back(group_.communicator().receive(incoming, peer, tag));
-      const auto outgoing = own_piece(slice);
-      if (!outgoing.empty()) transfers.push_back(group_.communicator().send(outgoing, peer, tag));
+    const int tag = gather_tag(slice.number);
+    for (int node = 0; node < group_->num_nodes(); ++node) {
+      if (node == group_->node()) continue;
+      const int peer = carrier(*group_, slice.number, node);
+      exchange(piece(slice, node), own_piece(slice), peer, tag, transfers);
     }
   }
   return transfers;

@@ -34,8 +34,8 @@ Task reduce_scatter(Group& group, std::span<const std::byte> input, std::span<st
       for (std::size_t rank = 0; rank < size; ++rank) {
         if (rank == own_rank) continue;
         const std::span<std::byte> place(received.data() + rank * num_bytes, num_bytes);
-        transfers.push_back(group.communicator().receive(place, static_cast<int>(rank), 0));
-        transfers.push_back(group.communicator().send(input_piece(rank), static_cast<int>(rank), 0));
+        transfers.push_back(group.receive(place, static_cast<int>(rank), 0));
+        transfers.push_back(group.send(input_piece(rank), static_cast<int>(rank), 0));
         sources[rank] = place.data();
       }
       auto exchanged = Until([&transfers] { return mpi::test_all(transfers); });

@@ -70,10 +70,10 @@ std::vector<mpi::Transfer> exchange(Group& group, std::vector<Message>& incoming
     }
   };
   for (Message& in : incoming) {
-    in_pieces(in.bytes, [&](auto piece) { transfers.push_back(group.communicator().receive(piece, in.peer, 0)); });
+    in_pieces(in.bytes, [&](auto piece) { transfers.push_back(group.receive(piece, in.peer, 0)); });
   }
   for (Message& out : outgoing) {
-    in_pieces(out.bytes, [&](auto piece) { transfers.push_back(group.communicator().send(piece, out.peer, 0)); });
+    in_pieces(out.bytes, [&](auto piece) { transfers.push_back(group.send(piece, out.peer, 0)); });
   }
   return transfers;
 }

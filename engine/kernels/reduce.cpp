@@ -5,17 +5,24 @@ namespace dtrain {
 
 using Kernel = void (*)(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t,
                         const Reduction&);
+using Conversion = void (*)(std::span<const std::byte>, std::byte*, DataType);
 
 // reduce_kernels.cpp is compiled once for each of these namespaces, with the flags of its instruction set.
 namespace baseline {
 void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+void narrow(std::span<const std::byte>, std::byte*, DataType);
+void widen(std::span<const std::byte>, std::byte*, DataType);
 }
 #ifdef KERNELS_X86
 namespace avx2 {
 void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+void narrow(std::span<const std::byte>, std::byte*, DataType);
+void widen(std::span<const std::byte>, std::byte*, DataType);
 }
 namespace avx512 {
 void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+void narrow(std::span<const std::byte>, std::byte*, DataType);
+void widen(std::span<const std::byte>, std::byte*, DataType);
 }
 #endif
 
@@ -23,6 +30,8 @@ namespace {
 
 struct Choice {
   Kernel kernel;
+  Conversion narrow;
+  Conversion widen;
   const char* isa;
 };
 
@@ -30,11 +39,13 @@ Choice choose() {
 #ifdef KERNELS_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return {avx512::reduce, "avx512"};
+    return {avx512::reduce, avx512::narrow, avx512::widen, "avx512"};
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return {avx2::reduce, "avx2"};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
+    return {avx2::reduce, avx2::narrow, avx2::widen, "avx2"};
+  }
 #endif
-  return {baseline::reduce, "baseline"};
+  return {baseline::reduce, baseline::narrow, baseline::widen, "baseline"};
 }
 
 const Choice chosen = choose();
@@ -44,6 +55,14 @@ const Choice chosen = choose();
 void reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
             const Reduction& reduction) {
   chosen.kernel(sources, destinations, count, reduction);
+}
+
+void narrow(std::span<const std::byte> source, std::byte* destination, DataType dtype) {
+  chosen.narrow(source, destination, dtype);
+}
+
+void widen(std::span<const std::byte> source, std::byte* destination, DataType dtype) {
+  chosen.widen(source, destination, dtype);
 }
 
 const char* kernel_isa() { return chosen.isa; }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <span>
 
 #include "kernels/dtype.hpp"
@@ -12,6 +13,8 @@ struct Reduction {
   DataType dtype = DataType::float32;
   ReduceOp op = ReduceOp::sum;
   double scale = 1.0;  // the result is multiplied by this; floating types only
+  // Type in which float32 sums cross between nodes, bfloat16 or float16 to halve their bytes; none for `dtype`.
+  std::optional<DataType> wire_dtype = std::nullopt;
 };
 
 // Reduces `count` elements of all `sources`, in their order, and writes the result to every destination. A destination
@@ -19,6 +22,11 @@ struct Reduction {
 // even); a NaN in any source gives NaN. The result does not depend on the instruction set that runs it.
 void reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
             const Reduction& reduction);
+
+// Rounds float32 values to bfloat16 or float16 (to nearest even; NaN stays NaN).
+void narrow(std::span<const std::byte> source, std::byte* destination, DataType dtype);
+// bfloat16 or float16 values as float32.
+void widen(std::span<const std::byte> source, std::byte* destination, DataType dtype);
 
 // Name of the instruction set chosen for this processor.
 const char* kernel_isa();

@@ -160,7 +160,34 @@ void reduce_type(std::span<const std::byte* const> sources, std::span<std::byte*
   }
 }
 
+template <class T>
+void narrow(const float* source, T* destination, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) destination[i] = Stored<T>::store(source[i]);
+}
+
+template <class T>
+void widen(const T* source, float* destination, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) destination[i] = Stored<T>::load(source[i]);
+}
+
 }  // namespace
+
+void narrow(std::span<const std::byte> source, std::byte* destination, DataType dtype);
+void widen(std::span<const std::byte> source, std::byte* destination, DataType dtype);
+
+void narrow(std::span<const std::byte> source, std::byte* destination, DataType dtype) {
+  const auto* from = reinterpret_cast<const float*>(source.data());
+  const std::size_t count = source.size() / sizeof(float);
+  if (dtype == DataType::bfloat16) return narrow(from, reinterpret_cast<BFloat16*>(destination), count);
+  narrow(from, reinterpret_cast<Float16*>(destination), count);
+}
+
+void widen(std::span<const std::byte> source, std::byte* destination, DataType dtype) {
+  auto* const to = reinterpret_cast<float*>(destination);
+  const std::size_t count = source.size() / element_bytes(dtype);
+  if (dtype == DataType::bfloat16) return widen(reinterpret_cast<const BFloat16*>(source.data()), to, count);
+  widen(reinterpret_cast<const Float16*>(source.data()), to, count);
+}
 
 void reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
             const Reduction& reduction);

@@ -11,6 +11,7 @@
 
 #include "collectives/all_gather.hpp"
 #include "collectives/all_reduce.hpp"
+#include "collectives/all_reduce_nodes.hpp"
 #include "collectives/barrier.hpp"
 #include "collectives/broadcast.hpp"
 #include "collectives/reduce_scatter.hpp"
@@ -141,7 +142,7 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
     doorbells.push_back(doorbell_of_rank_[static_cast<std::size_t>(peer)]);
   }
   auto group = std::make_shared<Group>(communicator, std::vector(ranks.begin(), ranks.end()), std::move(node_of_rank),
-                                       LocalGroup(local_rank, std::move(blocks), std::move(doorbells)));
+                                       LocalGroup(local_rank, std::move(blocks), std::move(doorbells)), counters_);
   const std::scoped_lock lock(drive_mutex_);
   groups_.push_back(group);
   return group;
@@ -161,7 +162,11 @@ void Engine::leave(Group& group) {
   take_inbox();  // submit() adds nothing to it from here on
   group.fail(std::make_exception_ptr(std::runtime_error("this rank has closed the group or the engine")));
   // MPI may give a freed communicator's number to the next one, and that would get what is still under way.
-  if (!group.has_abandoned()) left_communicators_.push_back(group.communicator());
+  if (group.has_abandoned()) {
+    abandoned_groups_.push_back(*entry);
+  } else {
+    left_communicators_.push_back(group.communicator());
+  }
   groups_.erase(entry);
 }
 
@@ -200,6 +205,7 @@ std::shared_ptr<const Mapping> Engine::allocate_shared(Group& group, std::size_t
 
 std::shared_ptr<Operation> Engine::all_reduce(Group& group, std::span<std::byte> buffer, const Reduction& reduction) {
   const Call call{.collective = Collective::all_reduce, .dtype = reduction.dtype, .op = reduction.op,
+                  .wire_dtype = reduction.wire_dtype.value_or(reduction.dtype),
                   .count = buffer.size() / element_bytes(reduction.dtype)};
   return submit(group, call, buffer, [&group, buffer, reduction] { return dtrain::all_reduce(group, buffer, reduction); });
 }

@@ -41,6 +41,8 @@ class Engine {
   int size() const { return world_.size(); }
   const Node& node() const { return *node_; }
   bool has_thread() const { return has_thread_; }
+  // Of all groups since the start.
+  const Counters& counters() const { return *counters_; }
 
   // Collective over `ranks`, in the order of the new group; blocks.
   std::shared_ptr<Group> create_group(std::span<const int> ranks);
@@ -102,6 +104,7 @@ class Engine {
   bool has_thread_ = false;
   int waiter_spins_ = 0;
   const int owner_pid_;
+  const std::shared_ptr<Counters> counters_ = std::make_shared<Counters>();  // groups may live longer
 
   std::mutex inbox_mutex_;
   std::deque<std::pair<Group*, std::shared_ptr<Operation>>> inbox_;
@@ -109,6 +112,7 @@ class Engine {
   std::mutex drive_mutex_;  // held by whoever drives
   std::vector<std::shared_ptr<Group>> groups_;
   std::vector<mpi::Communicator> left_communicators_;  // of closed groups, still to be freed
+  std::vector<std::shared_ptr<Group>> abandoned_groups_;  // closed ones into whose memory MPI may still write
   std::atomic<bool> stopping_ = false;
   bool is_closed_ = false;
   std::unique_ptr<std::thread> thread_;

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <array>
+#include <utility>
 #include <vector>
 
+#include "collectives/node_exchange.hpp"
 #include "ranks.hpp"
 
 namespace dtrain {
@@ -94,6 +97,100 @@ const Test in_place("all_reduce: in memory allocated together, at any place in i
     finish(layout.engine, layout.engine.all_reduce(group, again, {}));
     const Bytes wanted = reduce_by_nodes(group, contributions(group, DataType::float32, 100), {});
     expect(again == wanted, "after release");
+  });
+});
+
+// One message, one segment, all that is under way at a time, and more, each give or take an element.
+const Test segments("all_reduce: lengths around those of messages and segments", Runs::on_ranks, [] {
+  for_each_layout([](const Layout& layout) {
+    Group& group = layout.group;
+    if (group.num_nodes() == 1) return;
+    const std::size_t message = NodeExchange::message_bytes / 4;
+    const std::size_t in_place_segment = message * num_slices(group);
+    const std::size_t scratch_segment = 2 * LocalGroup::scratch_bytes / 4 / 4;
+    const auto memory = layout.engine.allocate(group, 8 << 20);
+    const auto block = (*memory)[static_cast<std::size_t>(group.local().rank())].bytes();
+    for (const std::size_t length :
+         {message, in_place_segment, 17 * in_place_segment, scratch_segment, 4 * scratch_segment}) {
+      for (const std::size_t count : {length - 1, length, length + 1}) {
+        const auto all = contributions(group, DataType::float32, count);
+        const Bytes wanted = reduce_by_nodes(group, all, {});
+        Bytes ordinary = all[static_cast<std::size_t>(group.rank())];
+        const auto registered = block.first(4 * count);
+        std::ranges::copy(ordinary, registered.begin());
+        const auto first = layout.engine.all_reduce(group, ordinary, {});
+        const auto second = layout.engine.all_reduce(group, registered, {});
+        finish(layout.engine, first);
+        finish(layout.engine, second);
+        expect(ordinary == wanted, what(layout, {}, count) + ", ordinary memory");
+        expect(std::ranges::equal(registered, wanted), what(layout, {}, count) + ", in place");
+      }
+    }
+  });
+});
+
+const Test wire("all_reduce: sums that cross between nodes in 16 bits", Runs::on_ranks, [] {
+  for_each_layout([](const Layout& layout) {
+    Group& group = layout.group;
+    const auto memory = layout.engine.allocate(group, 4 << 20);
+    const auto block = (*memory)[static_cast<std::size_t>(group.local().rank())].bytes();
+    for (const DataType wire_dtype : {DataType::bfloat16, DataType::float16}) {
+      for (const ReduceOp op : {ReduceOp::sum, ReduceOp::average, ReduceOp::max}) {
+        for (const std::size_t count : {std::size_t{1}, std::size_t{10007}, std::size_t{300001}}) {
+          if (count > 10007 && op != ReduceOp::sum) continue;
+          Reduction reduction = with_scale(DataType::float32, op, group.size());
+          if (op != ReduceOp::max) reduction.wire_dtype = wire_dtype;  // only sums are rounded
+          const auto all = contributions(group, DataType::float32, count);
+          const Bytes wanted = reduce_by_nodes(group, all, reduction);
+          Bytes ordinary = all[static_cast<std::size_t>(group.rank())];
+          const auto registered = block.first(4 * count);
+          std::ranges::copy(ordinary, registered.begin());
+          const Reduction asked{.op = op, .wire_dtype = wire_dtype};
+          const auto first = layout.engine.all_reduce(group, ordinary, asked);
+          const auto second = layout.engine.all_reduce(group, registered, asked);
+          finish(layout.engine, first);
+          finish(layout.engine, second);
+          const std::string text = what(layout, reduction, count) + " as " + name(wire_dtype);
+          expect(ordinary == wanted, text);
+          expect(std::ranges::equal(registered, wanted), text + ", in place");
+        }
+      }
+    }
+  });
+});
+
+// Bytes that all ranks of `layout` together have sent so far, and received.
+std::pair<std::uint64_t, std::uint64_t> bytes_of_all(const Layout& layout) {
+  const Counters& counters = layout.engine.counters();
+  std::array<std::uint64_t, 2> sums{counters.bytes_sent, counters.bytes_received};
+  const Reduction reduction{.dtype = DataType::int64};
+  finish(layout.engine, layout.engine.all_reduce(layout.group, std::as_writable_bytes(std::span(sums)), reduction));
+  return {sums[0], sums[1]};
+}
+
+// Every node sends a byte of the buffer to each other node (one hop), or its part of it, and then that part's result.
+const Test counted("all_reduce: bytes between nodes, as counted", Runs::on_ranks, [] {
+  for_each_layout([](const Layout& layout) {
+    const auto nodes = static_cast<std::uint64_t>(layout.group.num_nodes());
+    for (const std::size_t count : {std::size_t{1000}, std::size_t{1} << 20}) {
+      for (const bool is_narrow : {false, true}) {
+        Bytes buffer = contribution(layout.group.rank(), DataType::float32, count);
+        const auto before = bytes_of_all(layout);
+        const auto cost_of_asking = bytes_of_all(layout);
+        Reduction reduction{};
+        if (is_narrow) reduction.wire_dtype = DataType::bfloat16;
+        const std::uint64_t collectives = layout.engine.counters().collectives;
+        finish(layout.engine, layout.engine.all_reduce(layout.group, buffer, reduction));
+        expect_equal(layout.engine.counters().collectives.load() - collectives, std::uint64_t{1}, "collectives");
+        const auto after = bytes_of_all(layout);
+        const std::uint64_t bytes = (is_narrow ? 2 : 4) * count;
+        const bool one_hop = nodes < 3 || bytes <= 16384;
+        const std::uint64_t wanted = one_hop ? nodes * (nodes - 1) * bytes : 2 * (nodes - 1) * bytes;
+        const std::uint64_t asking = cost_of_asking.first - before.first;
+        expect_equal(after.first - cost_of_asking.first - asking, wanted, layout.name + ": bytes sent");
+        expect_equal(after.second - cost_of_asking.second - asking, wanted, layout.name + ": bytes received");
+      }
+    }
   });
 });
 

@@ -82,6 +82,15 @@ Bytes reduce_in_order(const std::vector<Bytes>& contributions, const Reduction& 
   return result;
 }
 
+// float32 values rounded to `dtype` and back.
+static Bytes through(DataType dtype, const Bytes& values) {
+  Bytes narrowed(values.size() / 2);
+  Bytes widened(values.size());
+  narrow(values, narrowed.data(), dtype);
+  widen(narrowed, widened.data(), dtype);
+  return widened;
+}
+
 Bytes reduce_by_nodes(const Group& group, const std::vector<Bytes>& contributions, Reduction reduction) {
   if (group.num_nodes() == 1) return reduce_in_order(contributions, reduction);
   Reduction within = reduction;
@@ -92,7 +101,9 @@ Bytes reduce_by_nodes(const Group& group, const std::vector<Bytes>& contribution
     for (const int rank : group.ranks_of_node(node)) of_node.push_back(contributions[static_cast<std::size_t>(rank)]);
     partials.push_back(reduce_in_order(of_node, within));
   }
-  return reduce_in_order(partials, reduction);
+  if (!reduction.wire_dtype) return reduce_in_order(partials, reduction);
+  for (Bytes& partial : partials) partial = through(*reduction.wire_dtype, partial);
+  return through(*reduction.wire_dtype, reduce_in_order(partials, reduction));
 }
 
 }  // namespace dtrain::test

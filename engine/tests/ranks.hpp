@@ -46,7 +46,8 @@ void for_each_layout(const std::function<void(const Layout&)>& body);
 // promised one shows.
 Bytes contribution(int rank, DataType dtype, std::size_t count);
 
-// The reduction of `contributions`, one for each rank of `group`, over each node and then over the nodes.
+// The reduction of `contributions`, one for each rank of `group`, over each node and then over the nodes; with a
+// wire_dtype rounded after both.
 Bytes reduce_by_nodes(const Group& group, const std::vector<Bytes>& contributions, Reduction reduction);
 // In the order of the ranks.
 Bytes reduce_in_order(const std::vector<Bytes>& contributions, const Reduction& reduction);
