@@ -44,6 +44,7 @@ def test_signatures():
         ("sync_batchnorm", True, True),
         ("compression", None, True),
         ("shard_optimizer", False, True),
+        ("wire_dtype", None, True),
     ]
     step = inspect.signature(DistributedTrainer.train_step).parameters
     assert list(step) == ["self", "inputs", "targets", "criterion", "optimizer"]

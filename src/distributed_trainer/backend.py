@@ -74,6 +74,8 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         inner_device: Type of device, None for no inner group.
         make_inner: Makes the inner group. Collective.
         always_stage: Copy tensors even where they could be used in place. For tests of that path.
+        wire_dtype: The engine's `WireDtype` in which all_reduce sends sums of float32 between nodes, None for float32.
+            Each node's sum is rounded to it, these are added in float32, and the result is rounded to it.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         inner_device: str | None = None,
         make_inner: Callable[[], Any] | None = None,
         always_stage: bool = False,
+        wire_dtype: Any = None,
     ) -> None:
         super().__init__(group.rank, group.size)
         self._group = group
@@ -91,6 +94,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         self._make_inner = make_inner
         self._inner: Any = None
         self._always_stage = always_stage
+        self._wire_dtype = wire_dtype
         self._in_flight: deque[tuple[Any, tuple[Tensor, ...]]] = deque()
         self._name = ""
 
@@ -165,7 +169,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         if inner := self._inner_for(tensor):
             return inner.allreduce([tensor], opts or AllreduceOptions())
         buffer = self._host_buffer(tensor)
-        operation = self._group.all_reduce(buffer, self._reduce_op(opts))
+        operation = self._group.all_reduce(buffer, self._reduce_op(opts), self._wire_dtype)
         return self._start(operation, (buffer,), self._copy_back(tensor, buffer))
 
     def broadcast(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:

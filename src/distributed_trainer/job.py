@@ -61,18 +61,23 @@ class Job:
         """A store of all ranks. The first access is collective and blocks."""
         return MPIStore(self.engine.create_mailbox())
 
-    def create_group(self, ranks: Sequence[int] | None = None) -> ProcessGroupShmpi:
+    def create_group(self, ranks: Sequence[int] | None = None, wire_dtype: str | None = None) -> ProcessGroupShmpi:
         """Makes a process group with an order of calls of its own. Collective over `ranks` (None: all), blocks.
 
         CUDA tensors go to NCCL where torch has it. (Written with care, but not run: no GPU was at hand.)
+
+        Args:
+            ranks: In the order of the group.
+            wire_dtype: "bfloat16" or "float16": type in which all_reduce sends sums of float32 between machines.
         """
+        wire = None if wire_dtype is None else getattr(self.module.WireDtype, wire_dtype)
         group = self.engine.create_group(list(range(self.engine.size) if ranks is None else ranks))
         inner_device = "cuda" if self.device.type == "cuda" and dist.is_nccl_available() else None
         if inner_device is not None:
             store = dist.PrefixStore(f"inner/{next(self._group_numbers)}/{ranks}", self.store)
             make_inner = functools.partial(_make_nccl, store, group.rank, group.size)
-            return ProcessGroupShmpi(group, self.module.ReduceOp, inner_device, make_inner)
-        return ProcessGroupShmpi(group, self.module.ReduceOp)
+            return ProcessGroupShmpi(group, self.module.ReduceOp, inner_device, make_inner, wire_dtype=wire)
+        return ProcessGroupShmpi(group, self.module.ReduceOp, wire_dtype=wire)
 
 
 _jobs: list[Job] = []  # the first initialised MPI, unless the script did

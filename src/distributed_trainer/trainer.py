@@ -41,6 +41,7 @@ logger = logging.getLogger("distributed_trainer")
 
 # What ranks with parts tell each other before a step: number of samples, weight.
 _PART_HEADER = struct.Struct("<dd")
+_WIRE_DTYPES = ("bfloat16", "float16")
 
 
 def create_distributed_trainer(
@@ -53,6 +54,7 @@ def create_distributed_trainer(
     sync_batchnorm: bool = True,
     compression: PowerSGD | None = None,
     shard_optimizer: bool = False,
+    wire_dtype: str | None = None,
 ) -> DistributedTrainer:
     """Makes a trainer for `model`. Collective: every rank calls it, with the same model; blocks.
 
@@ -78,6 +80,10 @@ def create_distributed_trainer(
         shard_optimizer: Each rank keeps 1/N of the optimizer's state and updates 1/N of every parameter; the ranks of
             a machine share one copy of the weights (docs/sharding.md). For CPU ranks and torch.optim's element-wise
             optimizers: SGD, Adam, AdamW, Adagrad, RMSprop, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop.
+        wire_dtype: "bfloat16" or "float16" halves the bytes that float32 gradients take between machines: each
+            machine's sum is rounded to it, these sums are added in float32, and the result is rounded to it once more.
+            All ranks still get the same bits. float16 overflows above 65504. On one machine it changes nothing. None:
+            float32.
 
     Raises:
         TypeError, ValueError: An argument is not what is described here.
@@ -86,6 +92,8 @@ def create_distributed_trainer(
             DataLoader worker.
         MismatchError: Ranks have different models. The same on every rank.
     """
+    if wire_dtype not in (None, *_WIRE_DTYPES):
+        raise ValueError(f"wire_dtype must be one of {', '.join(_WIRE_DTYPES)} or None, not {wire_dtype!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if not isinstance(compression, PowerSGD | None):
@@ -95,6 +103,8 @@ def create_distributed_trainer(
             raise ValueError(f"{name} has no shape yet: call the model once before create_distributed_trainer.")
     if compression is not None and shard_optimizer:
         raise ValueError("pass compression or shard_optimizer, not both: shards are summed exactly")
+    if wire_dtype is not None and shard_optimizer:
+        raise ValueError("pass wire_dtype or shard_optimizer, not both: shards are summed exactly")
     options = _Options(split_batches, sync_batchnorm, compression, shard_optimizer)
     if process_group is not None:
         if comm is not None:
@@ -102,14 +112,21 @@ def create_distributed_trainer(
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if shard_optimizer:
             check_model(model, process_group, device)
+        if wire_dtype is not None and not isinstance(process_group, ProcessGroupShmpi):
+            raise ValueError(
+                f"wire_dtype={wire_dtype!r} needs this package's own exchange of gradients. Leave process_group out, "
+                f"or pass a group of the backend shmpi."
+            )
         ranks = dist.get_process_group_ranks(process_group)
-        groups = (process_group, dist.new_group(ranks, use_local_synchronization=True))
+        # The caller's group keeps its own way of sending.
+        gradient_group = jobs.start(None, None).create_group(ranks, wire_dtype) if wire_dtype else process_group
+        groups = (gradient_group, dist.new_group(ranks, use_local_synchronization=True))
         return DistributedTrainer(model, groups, device, 0, options)
     job = jobs.start(num_gpus, comm)
     if job.rank == 0:
         mode = "every rank reads the whole batch" if split_batches else "every rank reads its own part"
         print(f"distributed_trainer: {job.summary}; {mode}", flush=True)
-    groups = (job.create_group(), job.create_group())
+    groups = (job.create_group(wire_dtype=wire_dtype), job.create_group())
     if shard_optimizer:
         check_model(model, groups[0], job.device)
     model.to(job.device)
