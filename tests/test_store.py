@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
+from distributed_trainer import create_distributed_trainer
 from distributed_trainer import job as jobs
 from distributed_trainer.backend import ProcessGroupShmpi
 from distributed_trainer.store import MPIStore
@@ -62,6 +63,22 @@ def test_inner_group(world):
     group._allgather_base(gathered, torch.tensor([float(world.rank)])).wait()
     assert gathered.tolist() == list(range(world.size))
     assert len(made) == 1
+
+
+@some_ranks
+def test_trainer_leaves_the_callers_group(world):
+    """A trainer that was given a group of this backend does not close it."""
+    dist.init_process_group("shmpi", init_method="mpi://")
+    try:
+        model = torch.nn.Linear(2, 1)
+        with create_distributed_trainer(model, process_group=dist.group.WORLD) as trainer:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            trainer.train_step(torch.ones(4, 2), torch.ones(4, 1), torch.nn.MSELoss(), optimizer)
+        tensor = torch.ones(1)
+        dist.all_reduce(tensor)
+        assert tensor.item() == world.size
+    finally:
+        dist.destroy_process_group()
 
 
 @some_ranks

@@ -105,7 +105,7 @@ def create_distributed_trainer(
         raise ValueError("pass compression or shard_optimizer, not both: shards are summed exactly")
     if wire_dtype is not None and shard_optimizer:
         raise ValueError("pass wire_dtype or shard_optimizer, not both: shards are summed exactly")
-    options = _Options(split_batches, sync_batchnorm, compression, shard_optimizer)
+    options = _Options(split_batches, sync_batchnorm, compression, shard_optimizer, process_group is None)
     if process_group is not None:
         if comm is not None:
             raise ValueError("pass comm or process_group, not both")
@@ -158,6 +158,8 @@ class _Options:
     sync_batchnorm: bool
     compression: PowerSGD | None
     shard_optimizer: bool
+    owns_groups: bool
+    """Nobody else uses the process groups, so they end with the trainer."""
 
 
 class DistributedTrainer:
@@ -182,8 +184,7 @@ class DistributedTrainer:
         # Two groups, since each has one order of calls: gradients become ready in another order than the calls of
         # forward and of this class are made.
         gradient_group, self._group = groups
-        # A group of torch's stays: its other users, or a forked worker's garbage collector, must find it whole.
-        self._own_groups = [group for group in groups if isinstance(group, ProcessGroupShmpi)]
+        self._own_groups = groups if options.owns_groups else ()
         self.model = model
         self.rank: int = self._group.rank()
         self.world_size: int = self._group.size()
