@@ -13,6 +13,7 @@ import argparse
 import functools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -154,6 +155,7 @@ def main() -> int:
         print(f"two_hosts: {reason}", file=sys.stderr)
         return 1
     print("all_reduce over two hosts, float32, sum, in place: median milliseconds (times the wire)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are removed then, too
     settings = [word for name, value in MPI_SETTINGS.items() for word in ("--mca", name, value)]
     with Hosts(2) as hosts:
         for gbit in options.gbit:

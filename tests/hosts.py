@@ -169,6 +169,8 @@ class Hosts:
         return f"{_NETWORK}.{10 + number}"
 
     def _remove(self) -> None:
+        # A second Ctrl-C waits until all is gone.
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         networks = set()
         for holder in self._holders:
             with contextlib.suppress(OSError):
@@ -186,6 +188,7 @@ class Hosts:
             holder.wait()
         self._holders.clear()
         shutil.rmtree(self.folder)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def _tool(name: str) -> str | None:
