@@ -12,14 +12,6 @@
 namespace dtrain {
 namespace {
 
-// Where `slice`, a part of the work at own_place, lies at every local rank.
-std::vector<std::byte*> slice_places(const std::vector<std::byte*>& places, std::span<const std::byte> slice,
-                                     const std::byte* own_place) {
-  std::vector<std::byte*> of_slice;
-  for (std::byte* place : places) of_slice.push_back(place + (slice.data() - own_place));
-  return of_slice;
-}
-
 // On one node, in memory that all members allocated together: each carrier reads and writes all ranks' buffers. That
 // all have made the call says that their buffers are filled.
 Task reduce_in_place(Group& group, std::span<const std::byte> buffer, std::vector<std::byte*> places,

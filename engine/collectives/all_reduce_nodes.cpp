@@ -47,14 +47,6 @@ struct Plan {
   }
 };
 
-// Where `slice`, a part of the work at own_place, lies at every local rank.
-std::vector<std::byte*> slice_places(const std::vector<std::byte*>& places, std::span<const std::byte> slice,
-                                     const std::byte* own_place) {
-  std::vector<std::byte*> of_slice;
-  for (std::byte* place : places) of_slice.push_back(place + (slice.data() - own_place));
-  return of_slice;
-}
-
 // The stages of each segment, without the waits between them.
 class SegmentedReduction {
  public:
