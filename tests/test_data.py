@@ -201,7 +201,10 @@ def test_equal_batches():
     assert compare({"inputs": images}, {"inputs": images.to(memory_format=torch.channels_last)}) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.uint16])
+@pytest.mark.parametrize(
+    "dtype",
+    [getattr(torch, name) for name in "float16 bfloat16 float64 complex64 uint8 uint16 int32 int64".split()],
+)
 def test_dtypes(dtype):
     """Every dtype is read, those too that NumPy lacks, and gradients do not matter."""
     one = torch.arange(1, 601).view(200, 3).to(dtype)

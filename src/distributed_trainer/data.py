@@ -11,6 +11,7 @@ Functions that name tensors in messages take `roots`: the batch's trees by name,
 from __future__ import annotations
 
 import copy
+import ctypes
 import functools
 import struct
 import zlib
@@ -142,8 +143,7 @@ def fingerprint(roots: Mapping[str, Any], read_devices: bool = False) -> bytes:
     """
     items = []
     checksum = 0
-    values = np.zeros(_NUM_VALUES)
-    used = 0
+    values: list[float] = []
     tensors = []
     for name, tree in roots.items():
         for path, leaf in leaves(tree, name):
@@ -157,13 +157,11 @@ def fingerprint(roots: Mapping[str, Any], read_devices: bool = False) -> bytes:
                 items.append(f"{path} {type(leaf).__qualname__}")
     num_samples = _samples_each(len(tensors))
     for tensor in tensors:
-        sample = _sample(tensor, num_samples)[: _NUM_VALUES - used]
-        values[used : used + len(sample)] = sample
-        used += len(sample)
+        values += _sample(tensor, num_samples)
         if _is_exact(tensor):
-            checksum = zlib.crc32(_sample(tensor, _NUM_CHECKED_INTEGERS), checksum)
+            checksum = _checksum(tensor, checksum)
     text_checksum, text = _text(tuple(items))
-    return _HEADER.pack(text_checksum, checksum, text) + values.tobytes()
+    return _HEADER.pack(text_checksum, checksum, text) + _packed_values(values)
 
 
 # Batches of a loader look alike, so what does not depend on their contents is worked out once.
@@ -177,6 +175,11 @@ def _description(path: str, dtype: torch.dtype, shape: torch.Size, device_type: 
 def _text(items: tuple[str, ...]) -> tuple[int, bytes]:
     text = "; ".join(items).encode()
     return zlib.crc32(text), text[:_TEXT_BYTES]
+
+
+def _packed_values(values: list[float]) -> bytes:
+    values = values[:_NUM_VALUES]
+    return struct.pack(f"{len(values)}d{8 * (_NUM_VALUES - len(values))}x", *values)
 
 
 def compare_fingerprints(
@@ -255,25 +258,58 @@ def _samples_each(num_tensors: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _positions(num_elements: int, num_samples: int) -> np.ndarray:
+def _positions(num_elements: int, num_samples: int) -> list[int]:
     """Return which elements of a tensor to read, by their numbers in order of the dimensions; the same on all ranks.
 
     A regular sequence would not do: where it falls in step with the rows of an image it meets only their borders,
     which are alike in all images. (RandomState draws the same numbers in every version of NumPy.)
     """
     if num_elements <= num_samples:
-        return np.arange(num_elements)
-    return np.random.RandomState(0).randint(num_elements, size=num_samples)
+        return list(range(num_elements))
+    return np.random.RandomState(0).randint(num_elements, size=num_samples).tolist()
 
 
-def _sample(tensor: Tensor, num_samples: int) -> np.ndarray:
-    """Read elements without touching, or copying, any others, whatever the tensor's strides."""
+def _sample(tensor: Tensor, num_samples: int) -> list[float]:
+    elements, indices = _elements(tensor, num_samples)
+    return [elements[index] for index in indices]
+
+
+def _checksum(tensor: Tensor, start: int) -> int:
+    elements, indices = _elements(tensor, _NUM_CHECKED_INTEGERS)
+    if len(indices) < len(elements):
+        elements = (elements._type_ * len(indices))(*[elements[index] for index in indices])
+    return zlib.crc32(elements, start)
+
+
+def _elements(tensor: Tensor, num_samples: int) -> tuple[ctypes.Array | np.ndarray, Sequence[int]]:
+    """Return an array and the indices at which it holds the sample: no others are read, whatever the strides."""
+    if tensor.is_cpu and tensor.dtype in _C_TYPES and tensor.is_contiguous():
+        # Not by NumPy, whose code a training step drives out of the CPU's caches: 0.03 ms more a step.
+        array_type, positions = _array_plan(tensor.dtype, tensor.numel(), num_samples)
+        return array_type.from_address(tensor.data_ptr()), positions
     positions = _positions(tensor.numel(), num_samples)
     tensor = tensor.detach()
     if tensor.device.type == "cpu" and tensor.dtype in _NUMPY_DTYPES:
-        return tensor.numpy().flat[positions]
-    elements = tensor[tuple(torch.from_numpy(index) for index in np.unravel_index(positions, tensor.shape))]
-    return (elements.abs() if elements.is_complex() else elements).double().cpu().numpy()
+        elements = tensor.numpy().flat[positions]
+    else:
+        elements = tensor[tuple(torch.from_numpy(index) for index in np.unravel_index(positions, tensor.shape))]
+        elements = (elements.abs() if elements.is_complex() else elements).double().cpu().numpy()
+    return elements, range(len(elements))
+
+
+_C_TYPES = {
+    torch.bool: ctypes.c_bool,
+    torch.uint8: ctypes.c_uint8,
+    torch.int32: ctypes.c_int32,
+    torch.int64: ctypes.c_int64,
+    torch.float32: ctypes.c_float,
+    torch.float64: ctypes.c_double,
+}
+
+
+@functools.lru_cache(maxsize=64)
+def _array_plan(dtype: torch.dtype, num_elements: int, num_samples: int) -> tuple[type[ctypes.Array], list[int]]:
+    return _C_TYPES[dtype] * num_elements, _positions(num_elements, num_samples)
 
 
 _NUMPY_DTYPES = frozenset(
