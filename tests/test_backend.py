@@ -329,19 +329,26 @@ def test_wrong_arguments(world):
     """Refused on the rank that calls, before anything is sent; the group stays usable."""
     group = world.group()
     with pytest.raises(TypeError, match="float32, float64"):
-        group.allreduce([torch.zeros(3, dtype=torch.int16)])
+        group.allreduce([torch.zeros(3, dtype=torch.uint16)])
     with pytest.raises(ValueError, match="average of int32"):
         group.allreduce([torch.zeros(3, dtype=torch.int32)], options(OPS.AVG))
-    with pytest.raises(ValueError, match="not by"):
+    with pytest.raises(ValueError, match="bxor of float32: only integers and booleans have it"):
         group.allreduce([torch.zeros(3)], options(OPS.BXOR))
     with pytest.raises(ValueError, match=r"root is 9, the group has ranks 0 to"):
         opts = dist.BroadcastOptions()
         opts.rootRank = 9
         group.broadcast([torch.zeros(3)], opts)
-    with pytest.raises(ValueError, match="all_gather: the output has 12 bytes"):
-        group._allgather_base(torch.zeros(3), torch.zeros(3))
-    with pytest.raises(ValueError, match="reduce_scatter: the input has 12 bytes"):
-        group._reduce_scatter_base(torch.zeros(3), torch.zeros(3))
+    twelve = torch.zeros(12)
+    with pytest.raises(ValueError, match=rf"all_gather: {world.size} outputs .* bytes and should have 48"):
+        group._allgather_base(twelve, torch.zeros(12))
+    with pytest.raises(ValueError, match=rf"reduce_scatter: {world.size} inputs .* bytes and should have 48"):
+        group._reduce_scatter_base(torch.zeros(12), twelve)
+    with pytest.raises(ValueError, match=rf"13 elements can't be cut into equal parts for {world.size} ranks"):
+        group._reduce_scatter_base(torch.zeros(12), torch.zeros(13))
+    with pytest.raises(ValueError, match=rf"destination is {world.size}, the group has ranks 0 to"):
+        group.send([twelve], world.size)
+    with pytest.raises(ValueError, match="the tag is -1"):
+        group.recv([twelve], 0, -1)
     tensor = torch.ones(1)
     group.allreduce([tensor]).wait()
     assert tensor.item() == world.size

@@ -21,7 +21,9 @@ gradients
 compression
 buckets
 job
+inner
 backend
+work
 store devices launch
 library
 errors

@@ -10,7 +10,7 @@ from ranks import on_ranks
 
 from distributed_trainer import create_distributed_trainer
 from distributed_trainer import job as jobs
-from distributed_trainer.backend import ProcessGroupShmpi
+from distributed_trainer.inner import ProcessGroupShmpiWithInner
 from distributed_trainer.store import MPIStore
 
 some_ranks = on_ranks(2, 3, (3, 2))
@@ -51,7 +51,7 @@ def test_inner_group(world):
         return made[-1]
 
     engine_group = job.engine.create_group(list(range(world.size)))
-    group = ProcessGroupShmpi(engine_group, job.module.ReduceOp, "cpu", make_gloo)
+    group = ProcessGroupShmpiWithInner(engine_group, job.module.ReduceOp, "cpu", make_gloo)
     tensor = torch.full((5,), float(world.rank + 1))
     group.allreduce([tensor]).wait()
     assert tensor.tolist() == [sum(range(1, world.size + 1))] * 5

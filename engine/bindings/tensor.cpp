@@ -34,9 +34,9 @@ const ExchangeApi& exchange_api_of(nb::handle tensor) {
   return *api;
 }
 
-std::optional<DataType> dtype_of(nb::dlpack::dtype dtype) {
+DataType dtype_of(nb::dlpack::dtype dtype) {
   using Code = nb::dlpack::dtype_code;
-  if (dtype.lanes != 1) return std::nullopt;
+  if (dtype.lanes != 1) return DataType::other;
   switch (static_cast<Code>(dtype.code)) {
     case Code::Float:
       if (dtype.bits == 32) return DataType::float32;
@@ -47,16 +47,25 @@ std::optional<DataType> dtype_of(nb::dlpack::dtype dtype) {
       if (dtype.bits == 16) return DataType::bfloat16;
       break;
     case Code::Int:
+      if (dtype.bits == 8) return DataType::int8;
+      if (dtype.bits == 16) return DataType::int16;
       if (dtype.bits == 32) return DataType::int32;
       if (dtype.bits == 64) return DataType::int64;
       break;
     case Code::UInt:
       if (dtype.bits == 8) return DataType::uint8;
+      if (dtype.bits == 16) return DataType::uint16;
+      if (dtype.bits == 32) return DataType::uint32;
+      if (dtype.bits == 64) return DataType::uint64;
+      break;
+    case Code::Complex:
+      if (dtype.bits == 64) return DataType::complex64;
+      if (dtype.bits == 128) return DataType::complex128;
       break;
     case Code::Bool: return DataType::boolean;
     default: break;
   }
-  return std::nullopt;
+  return DataType::other;
 }
 
 }  // namespace
@@ -81,8 +90,9 @@ TensorMemory memory_of(nb::handle tensor) {
 
 TensorMemory reducible_memory_of(nb::handle tensor) {
   const TensorMemory memory = memory_of(tensor);
-  if (memory.dtype) return memory;
-  throw nb::type_error("reductions take float32, float64, bfloat16, float16, int32, int64, uint8 and bool tensors");
+  if (is_reducible(memory.dtype)) return memory;
+  throw nb::type_error(
+      "reductions take float32, float64, bfloat16, float16, int8, int16, int32, int64, uint8 and bool tensors");
 }
 
 }  // namespace dtrain

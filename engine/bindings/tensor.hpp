@@ -5,7 +5,6 @@
 #include <nanobind/nanobind.h>
 
 #include <cstddef>
-#include <optional>
 #include <span>
 
 #include "kernels/dtype.hpp"
@@ -14,7 +13,7 @@ namespace dtrain {
 
 struct TensorMemory {
   std::span<std::byte> bytes;
-  std::optional<DataType> dtype;  // none where reductions do not take it
+  DataType dtype;
 };
 
 // What `tensor` (a torch.Tensor on the CPU, contiguous) holds; the caller keeps it alive. Throws nb::type_error for

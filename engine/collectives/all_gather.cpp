@@ -2,32 +2,39 @@
 #include "collectives/all_gather.hpp"
 
 #include <algorithm>
-#include <cstring>
-#include <vector>
+
+#include "collectives/parts.hpp"
 
 namespace dtrain {
 
-Task all_gather(Group& group, std::span<const std::byte> input, std::span<std::byte> output) {
+Task all_gather(Group& group, std::span<const std::byte> input, std::vector<std::span<std::byte>> outputs) {
   const auto size = static_cast<std::size_t>(group.size());
+  const auto own = static_cast<std::size_t>(group.rank());
   const bool one_node = group.num_nodes() == 1;
-  std::vector<std::byte> received;  // pieces arrive side by side, but lie apart in the output
-  for (std::size_t start = 0; start < input.size(); start += LocalGroup::scratch_bytes) {
-    const auto work = input.subspan(start, std::min(LocalGroup::scratch_bytes, input.size() - start));
+  std::size_t longest = 0;
+  for (const auto output : outputs) longest = std::max(longest, output.size());
+  std::vector<std::byte> received;  // pieces arrive side by side, but lie apart in the outputs; the own one is behind
+  for (std::size_t start = 0; start < longest; start += LocalGroup::scratch_bytes) {
+    const std::size_t num_bytes = std::min(LocalGroup::scratch_bytes, longest - start);
+    const auto work = window(input, start, num_bytes);
     std::vector<std::byte*> pieces;
     if (one_node) {
       pieces = group.local().next_scratch();
-      std::memcpy(pieces[static_cast<std::size_t>(group.rank())], work.data(), work.size());
+      copy(work, pieces[own]);
       auto filled = group.local().barrier();
       co_await filled;
     } else {
-      received.resize(work.size() * size);
-      for (std::size_t rank = 0; rank < size; ++rank) pieces.push_back(received.data() + rank * work.size());
-      mpi::Transfer transfer = group.gather_to_all(work, received);
+      received.resize(num_bytes * (size + 1));
+      for (std::size_t rank = 0; rank <= size; ++rank) pieces.push_back(received.data() + rank * num_bytes);
+      copy(work, pieces[size]);
+      mpi::Transfer transfer = group.gather_to_all({pieces[size], num_bytes}, {pieces[0], num_bytes * size});
       auto arrived = Until([&transfer] { return transfer.test(); });
       co_await arrived;
     }
     for (std::size_t rank = 0; rank < size; ++rank) {
-      std::memcpy(output.data() + rank * input.size() + start, pieces[rank], work.size());
+      const auto output = window(outputs[rank], start, num_bytes);
+      const std::byte* const piece = rank == own ? work.data() : pieces[rank];
+      if (output.data() != piece) copy({piece, output.size()}, output.data());
     }
   }
 }

@@ -3,13 +3,14 @@
 
 #include <cstddef>
 #include <span>
+#include <vector>
 
 #include "collectives/group.hpp"
 
 namespace dtrain {
 
-// Fills `output` with the `input` of every rank of `group`, in rank order. Collective; all inputs have the same length
-// and `output` has size() times that. `input` may be this rank's place in `output`.
-Task all_gather(Group& group, std::span<const std::byte> input, std::span<std::byte> output);
+// Fills outputs[r] with the `input` of rank r of `group`. Collective; all ranks have outputs of the same lengths, which
+// are those of the inputs. `input` may be this rank's output.
+Task all_gather(Group& group, std::span<const std::byte> input, std::vector<std::span<std::byte>> outputs);
 
 }  // namespace dtrain

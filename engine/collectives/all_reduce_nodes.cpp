@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "collectives/messages.hpp"
 #include "collectives/node_exchange.hpp"
 #include "collectives/parts.hpp"
 
@@ -42,7 +43,7 @@ struct Plan {
     end_lag = hops * turn_lag;
     num_slots = end_lag + (in_place ? 1 : 2);  // another rank may still fetch what ended last
     const std::size_t pieces = slices * (hops == 1 ? 1 : peers + 1);
-    segment_bytes = in_place ? NodeExchange::message_bytes * pieces * element_bytes / wire_bytes
+    segment_bytes = in_place ? message_bytes * pieces * element_bytes / wire_bytes
                              : 2 * LocalGroup::scratch_bytes / num_scratch_segments;
   }
 };

@@ -36,7 +36,7 @@ mpi::Transfer Group::send(std::span<const std::byte> bytes, int destination, int
 }
 
 mpi::Transfer Group::receive(std::span<std::byte> bytes, int source, int tag) const {
-  if (node_of_rank_[static_cast<std::size_t>(source)] != node()) {
+  if (source != mpi::any_source && node_of_rank_[static_cast<std::size_t>(source)] != node()) {
     ++counters_->messages_received;
     counters_->bytes_received += bytes.size();
   }
@@ -64,6 +64,11 @@ std::span<std::byte> Group::staging(std::size_t num_bytes) {
 }
 
 void Group::submit(std::shared_ptr<Operation> operation) {
+  if (operation->is_message()) {
+    messages_.push_back(std::move(operation));
+    if (failure_) fail(failure_);
+    return;
+  }
   queue_.push_back(std::move(operation));
   if (failure_) {
     finish_head(failure_);
@@ -84,14 +89,33 @@ void Group::post_waiting() {
 }
 
 bool Group::progress() {
-  if (queue_.empty()) return false;
+  const bool advanced = !messages_.empty() && advance_messages();
+  if (queue_.empty()) return advanced;
   try {
     post_waiting();
-    return advance_head();
+    return advance_head() || advanced;
   } catch (...) {
     fail(std::current_exception());
     return true;
   }
+}
+
+// In the order of their calls, in which MPI matches those of the same tag.
+bool Group::advance_messages() {
+  std::size_t num_done = 0;
+  for (const auto& message : messages_) {
+    try {
+      if (!message->task_) message->task_ = message->start_(*message);
+      while (!message->task_->done() && message->task_->advance()) {}
+      if (!message->task_->done()) continue;
+      finish(message, nullptr);
+    } catch (...) {
+      finish(message, std::current_exception());  // it concerns two ranks; the group goes on
+    }
+    ++num_done;
+  }
+  if (num_done > 0) std::erase_if(messages_, [](const auto& message) { return message->is_done(); });
+  return num_done > 0;
 }
 
 bool Group::advance_head() {
@@ -103,7 +127,7 @@ bool Group::advance_head() {
     }
     if (!know_all_calls()) return false;
     check_calls();
-    head.task_ = head.start_();
+    head.task_ = head.start_(head);
   }
   if (!head.task_->advance()) {
     check_all_here();
@@ -169,20 +193,26 @@ void Group::finish_head(std::exception_ptr error) {
   const std::shared_ptr<Operation> head = std::move(queue_.front());
   queue_.pop_front();
   ++num_finished_;
+  if (!error) ++counters_->collectives;
+  finish(head, std::move(error));
+}
+
+void Group::finish(const std::shared_ptr<Operation>& operation, std::exception_ptr error) {
   if (error) {
-    abandoned_.push_back(head);  // MPI may still write into its buffers
+    abandoned_.push_back(operation);  // MPI may still write into its buffers
   } else {
-    head->task_.reset();  // and its temporary memory with it
-    ++counters_->collectives;
+    operation->task_.reset();  // and its temporary memory with it
   }
-  head->error_ = std::move(error);
-  head->done_.store(1, std::memory_order_release);
-  futex_wake_all(head->done_);
+  operation->error_ = std::move(error);
+  operation->done_.store(1, std::memory_order_release);
+  futex_wake_all(operation->done_);
 }
 
 void Group::fail(std::exception_ptr error) {
   if (!failure_) failure_ = std::move(error);
   while (!queue_.empty()) finish_head(failure_);
+  for (const auto& message : messages_) finish(message, failure_);
+  messages_.clear();
 }
 
 }  // namespace dtrain

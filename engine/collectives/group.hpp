@@ -24,7 +24,12 @@ namespace dtrain {
 class Operation {
  public:
   // `start` makes the task once all ranks are known to call the same, so it may look at what they call.
-  Operation(const Call& call, std::function<Task()> start) : call_(call), start_(std::move(start)) {}
+  Operation(const Call& call, std::function<Task(Operation&)> start) : call_(call), start_(std::move(start)) {}
+
+  bool is_message() const { return call_.collective >= Collective::send; }
+  // Of a receive that is done: the rank that sent.
+  int source() const { return source_; }
+  void set_source(int rank) { source_ = rank; }
 
   bool is_done() const { return done_.load(std::memory_order_acquire) != 0; }
   // Rethrows what the operation failed with. Only once it is done.
@@ -38,9 +43,10 @@ class Operation {
   friend class Group;
 
   Call call_;
-  std::function<Task()> start_;
+  std::function<Task(Operation&)> start_;
   std::optional<Task> task_;
   bool posted_ = false;
+  int source_ = -1;
   std::exception_ptr error_;
   std::shared_ptr<const void> buffers_;
   std::atomic<std::uint32_t> done_{0};
@@ -76,7 +82,10 @@ class Group {
   LocalGroup& local() { return local_; }
   const mpi::Communicator& communicator() const { return communicator_; }
 
-  // Transfers of the operation that runs now; counted.
+  // Number of the collective that runs now.
+  std::uint64_t sequence() const { return num_finished_; }
+
+  // Transfers of the operation that runs now; counted unless the source is any.
   mpi::Transfer send(std::span<const std::byte> bytes, int destination, int tag) const;
   mpi::Transfer receive(std::span<std::byte> bytes, int source, int tag) const;
   mpi::Transfer broadcast(std::span<std::byte> bytes, int root) const;
@@ -87,7 +96,7 @@ class Group {
   // fresh memory costs more than what is done in it.
   std::span<std::byte> staging(std::size_t num_bytes);
 
-  // Queues a collective.
+  // Queues a collective, or starts a message: these may overtake each other and the collectives.
   void submit(std::shared_ptr<Operation> operation);
 
   // The buffer of the operation that runs now on every rank of this node, if on all ranks of the group it lies in the
@@ -96,10 +105,10 @@ class Group {
 
   // Does what can be done without waiting; returns whether that was anything.
   bool progress();
-  bool is_idle() const { return queue_.empty(); }
+  bool is_idle() const { return queue_.empty(); }  // but for messages
   std::shared_ptr<Operation> last_queued() const { return queue_.back(); }
   // Whether progress() must be called again and again, since MPI has no way to wake a sleeper.
-  bool needs_polling() const { return num_nodes() > 1 && !queue_.empty(); }
+  bool needs_polling() const { return !messages_.empty() || (num_nodes() > 1 && !queue_.empty()); }
 
   // Whether an operation failed on its way: MPI may still move bytes of it.
   bool has_abandoned() const { return !abandoned_.empty(); }
@@ -110,11 +119,13 @@ class Group {
  private:
   void post_waiting();
   bool advance_head();
+  bool advance_messages();
   bool know_all_calls();
   const Call& call_of(int member) const;
   void check_calls() const;
   void check_all_here() const;
   void finish_head(std::exception_ptr error);
+  void finish(const std::shared_ptr<Operation>& operation, std::exception_ptr error);
 
   mpi::Communicator communicator_;
   std::vector<int> world_ranks_;
@@ -122,6 +133,7 @@ class Group {
   std::vector<std::vector<int>> ranks_of_node_;
   LocalGroup local_;
   std::deque<std::shared_ptr<Operation>> queue_;
+  std::vector<std::shared_ptr<Operation>> messages_;
   // With several nodes: what every rank calls at the head of the queue, and the transfer that tells.
   std::vector<Call> calls_;
   std::optional<mpi::Transfer> calls_transfer_;

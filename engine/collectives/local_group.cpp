@@ -2,6 +2,7 @@
 #include "collectives/local_group.hpp"
 
 #include <algorithm>
+#include <cstdio>
 #include <stdexcept>
 #include <utility>
 
@@ -10,14 +11,27 @@
 namespace dtrain {
 
 std::string Call::description() const {
-  const std::string elements = std::to_string(count) + " " + name(dtype);
+  std::string elements = std::to_string(count) + " " + name(dtype);
+  if (parts != 0) {
+    char hash[17];
+    std::snprintf(hash, sizeof(hash), "%016llx", static_cast<unsigned long long>(parts));
+    elements += " in uneven parts " + std::string(hash);
+  }
+  const auto rooted = [&](const char* what) { return what + std::to_string(root) + ", " + elements + ")"; };
   switch (collective) {
     case Collective::all_reduce:
       return std::string("all_reduce(") + name(op) + ", " + elements +
              (wire_dtype != dtype ? std::string(", as ") + name(wire_dtype) + " between nodes)" : ")");
-    case Collective::broadcast: return "broadcast(root " + std::to_string(root) + ", " + elements + ")";
+    case Collective::reduce: return std::string("reduce(") + name(op) + ", " + rooted("root ");
+    case Collective::broadcast: return rooted("broadcast(root ");
     case Collective::all_gather: return "all_gather(" + elements + ")";
     case Collective::reduce_scatter: return std::string("reduce_scatter(") + name(op) + ", " + elements + ")";
+    case Collective::all_to_all: return std::string("all_to_all(") + name(dtype) + ")";
+    case Collective::gather: return rooted("gather(root ");
+    case Collective::scatter: return rooted("scatter(root ");
+    case Collective::send: return rooted("send(to rank ");
+    case Collective::receive:
+      return root < 0 ? "receive(from any rank, " + elements + ")" : rooted("receive(from rank ");
     case Collective::barrier: return "barrier()";
     case Collective::reduce_shards: return std::string("reduce_shards(") + name(op) + ", " + elements + ")";
     case Collective::gather_shards: return "gather_shards(" + elements + ")";

@@ -19,7 +19,9 @@
 namespace dtrain {
 
 enum class Collective : std::uint8_t {
-  all_reduce, broadcast, all_gather, reduce_scatter, barrier, reduce_shards, gather_shards
+  all_reduce, reduce, broadcast, all_gather, reduce_scatter, all_to_all, gather, scatter, barrier, reduce_shards,
+  gather_shards,
+  send, receive  // these two have no place in the sequence
 };
 
 // What a rank says it calls. All members must say the same at the same place in a group's sequence.
@@ -28,8 +30,9 @@ struct Call {
   DataType dtype = DataType::uint8;
   ReduceOp op = ReduceOp::sum;
   DataType wire_dtype = DataType::uint8;  // of reductions: in which sums cross between nodes
-  std::int32_t root = 0;
+  std::int32_t root = 0;  // or peer
   std::uint64_t count = 0;
+  std::uint64_t parts = 0;  // where ranks contribute parts of different lengths: a hash of these, and count is their sum
   // Where the buffer lies in memory that the members allocated together (number of the allocation, from 1, and offset
   // in bytes), or 0 and 0. These may differ between members.
   std::uint64_t allocation = 0;
@@ -37,7 +40,7 @@ struct Call {
 
   bool agrees_with(const Call& other) const {
     return collective == other.collective && dtype == other.dtype && op == other.op &&
-           wire_dtype == other.wire_dtype && root == other.root && count == other.count;
+           wire_dtype == other.wire_dtype && root == other.root && count == other.count && parts == other.parts;
   }
   std::string description() const;
 };

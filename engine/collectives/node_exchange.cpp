@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "collectives/messages.hpp"
 #include "collectives/parts.hpp"
 
 namespace dtrain {
@@ -60,18 +61,6 @@ std::span<std::byte> NodeExchange::piece(const Slice& slice, int node) const {
   return route_piece(*group_, slice.bytes, node, route_);
 }
 
-void NodeExchange::exchange(std::span<std::byte> incoming, std::span<const std::byte> outgoing, int peer, int tag,
-                            std::vector<mpi::Transfer>& transfers) const {
-  for (std::size_t start = 0; start < incoming.size(); start += message_bytes) {
-    const std::size_t num_bytes = std::min(message_bytes, incoming.size() - start);
-    transfers.push_back(group_->receive(incoming.subspan(start, num_bytes), peer, tag));
-  }
-  for (std::size_t start = 0; start < outgoing.size(); start += message_bytes) {
-    const std::size_t num_bytes = std::min(message_bytes, outgoing.size() - start);
-    transfers.push_back(group_->send(outgoing.subspan(start, num_bytes), peer, tag));
-  }
-}
-
 std::vector<mpi::Transfer> NodeExchange::scatter() {
   std::vector<mpi::Transfer> transfers;
   std::byte* next = received_.data();
@@ -82,7 +71,8 @@ std::vector<mpi::Transfer> NodeExchange::scatter() {
       const int peer = carrier(*group_, slice.number, node);
       const std::span<std::byte> incoming(next, own_piece(slice).size());
       next += incoming.size();
-      exchange(incoming, piece(slice, node), peer, tag, transfers);
+      receive_pieces(*group_, incoming, peer, tag, transfers);
+      send_pieces(*group_, piece(slice, node), peer, tag, transfers);
     }
   }
   return transfers;
@@ -111,7 +101,8 @@ std::vector<mpi::Transfer> NodeExchange::gather() {
     for (int node = 0; node < group_->num_nodes(); ++node) {
       if (node == group_->node()) continue;
       const int peer = carrier(*group_, slice.number, node);
-      exchange(piece(slice, node), own_piece(slice), peer, tag, transfers);
+      receive_pieces(*group_, piece(slice, node), peer, tag, transfers);
+      send_pieces(*group_, own_piece(slice), peer, tag, transfers);
     }
   }
   return transfers;

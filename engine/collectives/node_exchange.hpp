@@ -28,10 +28,6 @@ class NodeExchange {
  public:
   enum class Route { two_hops, one_hop };
 
-  // Pieces cross in messages of at most this length. MPIs send messages up to 64 KiB at once; for longer ones they ask
-  // first whether the receiver is ready, and over TCP the answer waits behind all that the receiver is sending.
-  static constexpr std::size_t message_bytes = std::size_t{60} << 10;
-
   struct Slice {
     std::size_t number;
     std::span<std::byte> bytes;  // this node's partial result, at the end the whole one
@@ -53,8 +49,6 @@ class NodeExchange {
   std::vector<mpi::Transfer> gather();
 
  private:
-  void exchange(std::span<std::byte> incoming, std::span<const std::byte> outgoing, int peer, int tag,
-                std::vector<mpi::Transfer>& transfers) const;
   std::span<std::byte> piece(const Slice& slice, int node) const;
   std::span<std::byte> own_piece(const Slice& slice) const { return piece(slice, group_->node()); }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstring>
 #include <span>
 #include <vector>
 
@@ -16,6 +17,27 @@ std::span<Byte> part_of(std::span<Byte> bytes, std::size_t index, std::size_t nu
   const std::size_t num_lines = (bytes.size() + line_bytes - 1) / line_bytes;
   const auto boundary = [&](std::size_t i) { return std::min(bytes.size(), num_lines * i / num_parts * line_bytes); };
   return bytes.subspan(boundary(index), boundary(index + 1) - boundary(index));
+}
+
+// `bytes` cut into `num_parts` parts of the same length.
+template <class Byte>
+std::vector<std::span<Byte>> even_parts(std::span<Byte> bytes, std::size_t num_parts) {
+  std::vector<std::span<Byte>> parts;
+  const std::size_t num_bytes = bytes.size() / num_parts;
+  for (std::size_t i = 0; i < num_parts; ++i) parts.push_back(bytes.subspan(i * num_bytes, num_bytes));
+  return parts;
+}
+
+// The bytes from `start` on, at most `length` of them; none where there are fewer than `start`.
+template <class Byte>
+std::span<Byte> window(std::span<Byte> bytes, std::size_t start, std::size_t length) {
+  const std::size_t begin = std::min(start, bytes.size());
+  return bytes.subspan(begin, std::min(length, bytes.size() - begin));
+}
+
+// std::memcpy takes no null pointer, which a span of nothing may have.
+inline void copy(std::span<const std::byte> from, std::byte* to) {
+  if (!from.empty()) std::memcpy(to, from.data(), from.size());
 }
 
 // Where `slice`, a part of the work at own_place, lies at every local rank.

@@ -2,12 +2,14 @@
 #include "collectives/reduce_scatter.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
+
+#include "collectives/parts.hpp"
 
 namespace dtrain {
 
-Task reduce_scatter(Group& group, std::span<const std::byte> input, std::span<std::byte> output, Reduction reduction) {
+Task reduce_scatter(Group& group, std::vector<std::span<const std::byte>> inputs, std::span<std::byte> output,
+                    Reduction reduction) {
   const auto size = static_cast<std::size_t>(group.size());
   const auto own_rank = static_cast<std::size_t>(group.rank());
   const bool one_node = group.num_nodes() == 1;
@@ -15,15 +17,17 @@ Task reduce_scatter(Group& group, std::span<const std::byte> input, std::span<st
   constexpr std::size_t line_bytes = 64;
   const std::size_t step = std::max(LocalGroup::scratch_bytes / size / line_bytes, std::size_t{1}) * line_bytes;
 
+  std::size_t longest = 0;
+  for (const auto input : inputs) longest = std::max(longest, input.size());
   std::vector<std::byte> received;
-  for (std::size_t start = 0; start < output.size(); start += step) {
-    const std::size_t num_bytes = std::min(step, output.size() - start);
-    const auto input_piece = [&](std::size_t rank) { return input.subspan(rank * output.size() + start, num_bytes); };
+  for (std::size_t start = 0; start < longest; start += step) {
+    const std::size_t num_bytes = window(output, start, step).size();
+    const auto input_piece = [&](std::size_t rank) { return window(inputs[rank], start, step); };
     std::vector<const std::byte*> sources(size, input_piece(own_rank).data());
     if (one_node) {
       const std::vector<std::byte*> scratch = group.local().next_scratch();
       for (std::size_t rank = 0; rank < size; ++rank) {
-        std::memcpy(scratch[own_rank] + rank * step, input_piece(rank).data(), num_bytes);
+        copy(input_piece(rank), scratch[own_rank] + rank * step);
         sources[rank] = scratch[rank] + own_rank * step;
       }
       auto filled = group.local().barrier();
@@ -41,7 +45,7 @@ Task reduce_scatter(Group& group, std::span<const std::byte> input, std::span<st
       auto exchanged = Until([&transfers] { return mpi::test_all(transfers); });
       co_await exchanged;
     }
-    std::byte* const result = output.data() + start;
+    std::byte* const result = window(output, start, step).data();
     reduce(sources, {&result, 1}, num_bytes / element_bytes(reduction.dtype), reduction);
   }
 }

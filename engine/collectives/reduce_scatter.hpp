@@ -3,15 +3,17 @@
 
 #include <cstddef>
 #include <span>
+#include <vector>
 
 #include "collectives/group.hpp"
 
 namespace dtrain {
 
-// Cuts `input` into size() blocks of output.size() bytes and leaves in `output` of rank r the reduction of everybody's
-// block r, in rank order. Collective. `output` may be block rank() of `input`.
+// Leaves in `output` of rank r the reduction of everybody's inputs[r], in rank order. Collective; all ranks have inputs
+// of the same lengths, which are those of the outputs. `output` may be inputs[rank()].
 // On one node each rank lays a piece of every block into its scratch memory and reads its own block there; over
 // several the pieces go straight to the rank that wants them.
-Task reduce_scatter(Group& group, std::span<const std::byte> input, std::span<std::byte> output, Reduction reduction);
+Task reduce_scatter(Group& group, std::vector<std::span<const std::byte>> inputs, std::span<std::byte> output,
+                    Reduction reduction);
 
 }  // namespace dtrain

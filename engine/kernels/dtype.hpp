@@ -6,25 +6,46 @@
 
 namespace dtrain {
 
-enum class DataType : std::uint8_t { float32, float64, bfloat16, float16, int32, int64, uint8, boolean };
+// Reductions take all but the last ones, which are only moved; `other` is any type of a byte an element that is not named.
+enum class DataType : std::uint8_t {
+  float32, float64, bfloat16, float16, int8, int16, int32, int64, uint8, boolean,
+  uint16, uint32, uint64, complex64, complex128, other
+};
 
-// `average` is a sum, scaled at the end; the integer types do not have it. On booleans sum and max are "or", product
-// and min are "and".
-enum class ReduceOp : std::uint8_t { sum, average, product, min, max };
+// `average` is a sum, scaled at the end; only floating types have it, and only integers and booleans the bitwise ones.
+// On booleans sum, max and bit_or are "or", product, min and bit_and are "and".
+enum class ReduceOp : std::uint8_t { sum, average, product, min, max, bit_and, bit_or, bit_xor };
 
 constexpr std::size_t element_bytes(DataType dtype) {
   switch (dtype) {
+    case DataType::complex128: return 16;
     case DataType::float64:
-    case DataType::int64: return 8;
+    case DataType::int64:
+    case DataType::uint64:
+    case DataType::complex64: return 8;
     case DataType::float32:
-    case DataType::int32: return 4;
+    case DataType::int32:
+    case DataType::uint32: return 4;
     case DataType::bfloat16:
-    case DataType::float16: return 2;
+    case DataType::float16:
+    case DataType::int16:
+    case DataType::uint16: return 2;
+    case DataType::int8:
     case DataType::uint8:
-    case DataType::boolean: return 1;
+    case DataType::boolean:
+    case DataType::other: return 1;
   }
   return 0;
 }
+
+constexpr bool is_floating(DataType dtype) {
+  return dtype == DataType::float32 || dtype == DataType::float64 || dtype == DataType::bfloat16 ||
+         dtype == DataType::float16;
+}
+
+constexpr bool is_reducible(DataType dtype) { return dtype <= DataType::boolean; }
+
+constexpr bool is_bitwise(ReduceOp op) { return op >= ReduceOp::bit_and; }
 
 constexpr const char* name(DataType dtype) {
   switch (dtype) {
@@ -32,10 +53,18 @@ constexpr const char* name(DataType dtype) {
     case DataType::float64: return "float64";
     case DataType::bfloat16: return "bfloat16";
     case DataType::float16: return "float16";
+    case DataType::int8: return "int8";
+    case DataType::int16: return "int16";
     case DataType::int32: return "int32";
     case DataType::int64: return "int64";
     case DataType::uint8: return "uint8";
     case DataType::boolean: return "bool";
+    case DataType::uint16: return "uint16";
+    case DataType::uint32: return "uint32";
+    case DataType::uint64: return "uint64";
+    case DataType::complex64: return "complex64";
+    case DataType::complex128: return "complex128";
+    case DataType::other: return "bytes";
   }
   return "?";
 }
@@ -47,6 +76,9 @@ constexpr const char* name(ReduceOp op) {
     case ReduceOp::product: return "product";
     case ReduceOp::min: return "min";
     case ReduceOp::max: return "max";
+    case ReduceOp::bit_and: return "band";
+    case ReduceOp::bit_or: return "bor";
+    case ReduceOp::bit_xor: return "bxor";
   }
   return "?";
 }

@@ -157,6 +157,15 @@ void reduce_type(std::span<const std::byte* const> sources, std::span<std::byte*
     case ReduceOp::product: return run([](A a, A b) { return multiply(a, b); });
     case ReduceOp::min: return run([](A a, A b) { return minimum(a, b); });
     case ReduceOp::max: return run([](A a, A b) { return maximum(a, b); });
+    default: break;
+  }
+  if constexpr (std::is_integral_v<A>) {
+    switch (reduction.op) {
+      case ReduceOp::bit_and: return run([](A a, A b) { return static_cast<A>(a & b); });
+      case ReduceOp::bit_or: return run([](A a, A b) { return static_cast<A>(a | b); });
+      case ReduceOp::bit_xor: return run([](A a, A b) { return static_cast<A>(a ^ b); });
+      default: break;
+    }
   }
 }
 
@@ -199,10 +208,13 @@ void reduce(std::span<const std::byte* const> sources, std::span<std::byte* cons
     case DataType::float64: return reduce_type<double>(sources, destinations, count, reduction);
     case DataType::bfloat16: return reduce_type<BFloat16>(sources, destinations, count, reduction);
     case DataType::float16: return reduce_type<Float16>(sources, destinations, count, reduction);
+    case DataType::int8: return reduce_type<std::int8_t>(sources, destinations, count, reduction);
+    case DataType::int16: return reduce_type<std::int16_t>(sources, destinations, count, reduction);
     case DataType::int32: return reduce_type<std::int32_t>(sources, destinations, count, reduction);
     case DataType::int64: return reduce_type<std::int64_t>(sources, destinations, count, reduction);
     case DataType::uint8: return reduce_type<std::uint8_t>(sources, destinations, count, reduction);
     case DataType::boolean: return reduce_type<Boolean>(sources, destinations, count, reduction);
+    default: return;  // callers refuse what is_reducible() refuses
   }
 }
 

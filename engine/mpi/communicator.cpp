@@ -20,9 +20,16 @@ int checked_count(std::size_t num_bytes) {
 }  // namespace
 
 bool Transfer::test() {
+  if (request_ == MPI_REQUEST_NULL) return true;  // MPI would overwrite the status
   int complete = 0;
-  check(MPI_Test(&request_, &complete, MPI_STATUS_IGNORE), "MPI_Test");
+  check(MPI_Test(&request_, &complete, &status_), "MPI_Test");
   return complete != 0;
+}
+
+std::size_t Transfer::num_bytes() const {
+  int count = 0;
+  check(MPI_Get_count(&status_, MPI_BYTE, &count), "MPI_Get_count");
+  return static_cast<std::size_t>(count);
 }
 
 bool test_all(std::span<Transfer> transfers) {
@@ -78,8 +85,17 @@ Transfer Communicator::send(std::span<const std::byte> bytes, int destination, i
 
 Transfer Communicator::receive(std::span<std::byte> bytes, int source, int tag) const {
   MPI_Request request = MPI_REQUEST_NULL;
-  check(MPI_Irecv(bytes.data(), checked_count(bytes.size()), MPI_BYTE, source, tag, handle_, &request), "MPI_Irecv");
+  const int from = source == any_source ? MPI_ANY_SOURCE : source;
+  check(MPI_Irecv(bytes.data(), checked_count(bytes.size()), MPI_BYTE, from, tag, handle_, &request), "MPI_Irecv");
   return Transfer(request);
+}
+
+int Communicator::max_tag() const {
+  int* value = nullptr;
+  int is_set = 0;
+  check(MPI_Comm_get_attr(MPI_COMM_WORLD, MPI_TAG_UB, &value, &is_set), "MPI_Comm_get_attr");
+  constexpr int promised_by_the_standard = 32767;
+  return is_set != 0 ? *value : promised_by_the_standard;
 }
 
 std::optional<std::vector<std::byte>> Communicator::receive_any(int tag) const {

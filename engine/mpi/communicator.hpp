@@ -15,6 +15,8 @@ namespace dtrain::mpi {
 // The largest transfer in one call; callers cut larger ones. Open MPI 4 and 5 have no large-count calls.
 inline constexpr std::size_t max_transfer_bytes = std::size_t{1} << 30;
 
+inline constexpr int any_source = -1;
+
 // A transfer in flight. The buffer must stay valid until test() has returned true.
 class Transfer {
  public:
@@ -24,8 +26,13 @@ class Transfer {
   // True once the transfer is complete; drives MPI's progress.
   bool test();
 
+  // Of a receive that is complete.
+  int source() const { return status_.MPI_SOURCE; }
+  std::size_t num_bytes() const;
+
  private:
   MPI_Request request_ = MPI_REQUEST_NULL;
+  MPI_Status status_{};
 };
 
 // True once all of `transfers` are complete; tests each that is not.
@@ -51,7 +58,10 @@ class Communicator {
   void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) const;
 
   Transfer send(std::span<const std::byte> bytes, int destination, int tag) const;
+  // `source` may be any_source.
   Transfer receive(std::span<std::byte> bytes, int source, int tag) const;
+  // The largest tag.
+  int max_tag() const;
   // A message of any rank that has come already; none otherwise. Blocks only while its bytes arrive.
   std::optional<std::vector<std::byte>> receive_any(int tag) const;
   Transfer broadcast(std::span<std::byte> bytes, int root) const;

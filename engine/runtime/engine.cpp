@@ -9,12 +9,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "collectives/all_gather.hpp"
-#include "collectives/all_reduce.hpp"
-#include "collectives/all_reduce_nodes.hpp"
-#include "collectives/barrier.hpp"
-#include "collectives/broadcast.hpp"
-#include "collectives/reduce_scatter.hpp"
 #include "memory/futex.hpp"
 #include "mpi/library.hpp"
 
@@ -49,28 +43,12 @@ void spin(int num_spins) {
 
 constexpr int group_tag = 1;
 
-// Bytes in all `blocks`, which are to lie in `buffer` and to hold whole elements.
-std::size_t check_blocks(const char* collective, std::span<const std::byte> buffer, std::span<const Block> blocks,
-                         std::size_t element_bytes) {
-  std::size_t num_bytes = 0;
-  for (const Block& block : blocks) {
-    if (block.offset_bytes > buffer.size() || block.num_bytes > buffer.size() - block.offset_bytes ||
-        block.num_bytes % element_bytes != 0) {
-      throw std::invalid_argument(std::string(collective) + ": a block of " + std::to_string(block.num_bytes) +
-                                  " bytes at " + std::to_string(block.offset_bytes) + " is not within the buffer of " +
-                                  std::to_string(buffer.size()) + " bytes, or cuts an element of " +
-                                  std::to_string(element_bytes) + " bytes");
-    }
-    num_bytes += block.num_bytes;
-  }
-  return num_bytes;
-}
-
 }  // namespace
 
 Engine::Engine(const EngineOptions& options)
     : initialized_mpi_(mpi::initialize()),
       world_(mpi::Communicator::duplicate(options.communicator_address)),
+      max_tag_(world_.max_tag()),
       owner_pid_(getpid()) {
   const AllGather all_gather = gather_over(world_);
   node_ = std::make_unique<Node>(rank(), size(), all_gather, options.max_ranks_per_node);
@@ -203,76 +181,8 @@ std::shared_ptr<const Mapping> Engine::allocate_shared(Group& group, std::size_t
   return std::make_shared<const Mapping>(std::move(block));
 }
 
-std::shared_ptr<Operation> Engine::all_reduce(Group& group, std::span<std::byte> buffer, const Reduction& reduction) {
-  const Call call{.collective = Collective::all_reduce, .dtype = reduction.dtype, .op = reduction.op,
-                  .wire_dtype = reduction.wire_dtype.value_or(reduction.dtype),
-                  .count = buffer.size() / element_bytes(reduction.dtype)};
-  return submit(group, call, buffer, [&group, buffer, reduction] { return dtrain::all_reduce(group, buffer, reduction); });
-}
-
-std::shared_ptr<Operation> Engine::broadcast(Group& group, std::span<std::byte> buffer, int root) {
-  if (root < 0 || root >= group.size()) {
-    throw std::invalid_argument("broadcast: root is " + std::to_string(root) + ", the group has ranks 0 to " +
-                                std::to_string(group.size() - 1));
-  }
-  const Call call{.collective = Collective::broadcast, .dtype = DataType::uint8, .root = root, .count = buffer.size()};
-  return submit(group, call, buffer, [&group, buffer, root] { return dtrain::broadcast(group, buffer, root); });
-}
-
-std::shared_ptr<Operation> Engine::all_gather(Group& group, std::span<const std::byte> input,
-                                              std::span<std::byte> output) {
-  if (output.size() != input.size() * static_cast<std::size_t>(group.size())) {
-    throw std::invalid_argument("all_gather: the output has " + std::to_string(output.size()) + " bytes, " +
-                                std::to_string(group.size()) + " ranks times " + std::to_string(input.size()) +
-                                " are needed");
-  }
-  const Call call{.collective = Collective::all_gather, .dtype = DataType::uint8, .count = input.size()};
-  return submit(group, call, output, [&group, input, output] { return dtrain::all_gather(group, input, output); });
-}
-
-std::shared_ptr<Operation> Engine::reduce_scatter(Group& group, std::span<const std::byte> input,
-                                                  std::span<std::byte> output, const Reduction& reduction) {
-  if (input.size() != output.size() * static_cast<std::size_t>(group.size())) {
-    throw std::invalid_argument("reduce_scatter: the input has " + std::to_string(input.size()) + " bytes, " +
-                                std::to_string(group.size()) + " ranks times " + std::to_string(output.size()) +
-                                " are needed");
-  }
-  const Call call{.collective = Collective::reduce_scatter, .dtype = reduction.dtype, .op = reduction.op,
-                  .count = output.size() / element_bytes(reduction.dtype)};
-  return submit(group, call, output, [&group, input, output, reduction] {
-    return dtrain::reduce_scatter(group, input, output, reduction);
-  });
-}
-
-std::shared_ptr<Operation> Engine::barrier(Group& group) {
-  return submit(group, Call{}, {}, [&group] { return dtrain::barrier(group); });
-}
-
-std::shared_ptr<Operation> Engine::reduce_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks,
-                                                 const Reduction& reduction) {
-  const std::size_t width = element_bytes(reduction.dtype);
-  const Call call{.collective = Collective::reduce_shards, .dtype = reduction.dtype, .op = reduction.op,
-                  .count = check_blocks("reduce_shards", buffer, blocks, width) / width};
-  return submit(group, call, buffer, [&group, buffer, blocks = std::move(blocks), reduction] {
-    return dtrain::reduce_shards(group, buffer, blocks, reduction);
-  });
-}
-
-std::shared_ptr<Operation> Engine::gather_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks) {
-  const Call call{.collective = Collective::gather_shards, .dtype = DataType::uint8,
-                  .count = check_blocks("gather_shards", buffer, blocks, 1)};
-  return submit(group, call, buffer, [&group, buffer, blocks = std::move(blocks)] {
-    return dtrain::gather_shards(group, buffer, blocks);
-  });
-}
-
 std::shared_ptr<Operation> Engine::submit(Group& group, Call call, std::span<const std::byte> buffer,
-                                          std::function<Task()> start) {
-  const bool is_float = call.dtype == DataType::float32 || call.dtype == DataType::float64 ||
-                        call.dtype == DataType::bfloat16 || call.dtype == DataType::float16;
-  if (call.op == ReduceOp::average && !is_float) {
-    throw std::invalid_argument(std::string("average of ") + name(call.dtype) + ": only floating types have it");
-  }
+                                          std::function<Task(Operation&)> start) {
   std::shared_ptr<Operation> operation;
   {
     const std::scoped_lock lock(inbox_mutex_);
@@ -316,6 +226,11 @@ void Engine::poll() {
   if (!has_thread_) progress();
 }
 
+bool Engine::needs_polling() {
+  const std::scoped_lock lock(drive_mutex_);
+  return std::ranges::any_of(groups_, [](const auto& group) { return group->needs_polling(); });
+}
+
 bool Engine::wait(Operation& operation, microseconds timeout) {
   const auto deadline = steady_clock::now() + timeout;
   int spins = 0;
@@ -330,7 +245,7 @@ bool Engine::wait(Operation& operation, microseconds timeout) {
       if (has_thread_) {
         futex_wait(operation.done_word(), 0, std::min(left, longest_sleep));
       } else {
-        sleep(std::min(left, longest_sleep));
+        sleep(std::min(left, needs_polling() ? mpi_poll_interval : longest_sleep));
       }
     }
   }
@@ -372,19 +287,16 @@ void Engine::run() {
       spins = 0;
       continue;
     }
-    bool is_idle = true;
-    bool needs_polling = false;
+    const bool is_polling = needs_polling();
+    bool is_idle = !is_polling;
     {
       const std::scoped_lock lock(drive_mutex_);
-      for (const auto& group : groups_) {
-        is_idle = is_idle && group->is_idle();
-        needs_polling = needs_polling || group->needs_polling();
-      }
+      for (const auto& group : groups_) is_idle = is_idle && group->is_idle();
     }
     if (!is_idle && spins < thread_spins) {
       spin(++spins);
     } else {
-      sleep(needs_polling ? mpi_poll_interval : longest_sleep);
+      sleep(is_polling ? mpi_poll_interval : longest_sleep);
     }
   }
 }

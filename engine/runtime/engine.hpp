@@ -63,16 +63,33 @@ class Engine {
   // page-aligned, which forked children have as well.
   std::shared_ptr<const Mapping> allocate_shared(Group& group, std::size_t num_bytes);
 
-  // Each returns at once; the buffers must stay valid until the operation is done. Collective over `group`.
+  // Each returns at once; the buffers must stay valid until the operation is done. Collective over `group`. Ranks that
+  // call different things at the same place of its sequence all get the same Mismatch. What a rank sees alone throws
+  // std::invalid_argument at once.
   std::shared_ptr<Operation> all_reduce(Group& group, std::span<std::byte> buffer, const Reduction& reduction);
-  std::shared_ptr<Operation> broadcast(Group& group, std::span<std::byte> buffer, int root);
-  std::shared_ptr<Operation> all_gather(Group& group, std::span<const std::byte> input, std::span<std::byte> output);
-  std::shared_ptr<Operation> reduce_scatter(Group& group, std::span<const std::byte> input,
+  // Leaves the result in every rank's buffer.
+  std::shared_ptr<Operation> reduce(Group& group, std::span<std::byte> buffer, const Reduction& reduction, int root);
+  std::shared_ptr<Operation> broadcast(Group& group, std::span<std::byte> buffer, int root, DataType dtype);
+  std::shared_ptr<Operation> all_gather(Group& group, std::span<const std::byte> input,
+                                        std::vector<std::span<std::byte>> outputs, DataType dtype);
+  std::shared_ptr<Operation> reduce_scatter(Group& group, std::vector<std::span<const std::byte>> inputs,
                                             std::span<std::byte> output, const Reduction& reduction);
+  std::shared_ptr<Operation> all_to_all(Group& group, std::vector<std::span<const std::byte>> sends,
+                                        std::vector<std::span<std::byte>> receives, DataType dtype);
+  // `outputs` and `inputs`: of the root alone.
+  std::shared_ptr<Operation> gather(Group& group, std::span<const std::byte> input,
+                                    std::vector<std::span<std::byte>> outputs, int root, DataType dtype);
+  std::shared_ptr<Operation> scatter(Group& group, std::vector<std::span<const std::byte>> inputs,
+                                     std::span<std::byte> output, int root, DataType dtype);
   std::shared_ptr<Operation> barrier(Group& group);
   std::shared_ptr<Operation> reduce_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks,
                                            const Reduction& reduction);
   std::shared_ptr<Operation> gather_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks);
+
+  // Likewise, but of two ranks: messages have no place in the sequence, and may overtake what is in it.
+  std::shared_ptr<Operation> send(Group& group, std::span<const std::byte> bytes, int destination, int tag,
+                                  DataType dtype);
+  std::shared_ptr<Operation> receive(Group& group, std::span<std::byte> bytes, int source, int tag, DataType dtype);
 
   // Waits until `operation` is done, at most `timeout`; returns whether it is.
   bool wait(Operation& operation, std::chrono::microseconds timeout);
@@ -85,8 +102,9 @@ class Engine {
 
  private:
   std::shared_ptr<Operation> submit(Group& group, Call call, std::span<const std::byte> buffer,
-                                    std::function<Task()> start);
+                                    std::function<Task(Operation&)> start);
   bool progress();
+  bool needs_polling();
   void take_inbox();
   void leave(Group& group);
   void require_open();
@@ -103,6 +121,7 @@ class Engine {
   std::vector<Doorbell*> doorbell_of_rank_;  // null for ranks on other nodes
   bool has_thread_ = false;
   int waiter_spins_ = 0;
+  const int max_tag_;
   const int owner_pid_;
   const std::shared_ptr<Counters> counters_ = std::make_shared<Counters>();  // groups may live longer
 

@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "collectives/messages.hpp"
 #include "collectives/node_exchange.hpp"
 #include "ranks.hpp"
 
@@ -13,7 +14,8 @@ namespace {
 using namespace test;
 
 constexpr auto all_types = {DataType::float32, DataType::float64, DataType::bfloat16, DataType::float16,
-                            DataType::int32,   DataType::int64,   DataType::uint8,    DataType::boolean};
+                            DataType::int8,    DataType::int16,   DataType::int32,    DataType::int64,
+                            DataType::uint8,   DataType::boolean};
 
 std::vector<Bytes> contributions(const Group& group, DataType dtype, std::size_t count) {
   std::vector<Bytes> all;
@@ -105,7 +107,7 @@ const Test segments("all_reduce: lengths around those of messages and segments",
   for_each_layout([](const Layout& layout) {
     Group& group = layout.group;
     if (group.num_nodes() == 1) return;
-    const std::size_t message = NodeExchange::message_bytes / 4;
+    const std::size_t message = message_bytes / 4;
     const std::size_t in_place_segment = message * num_slices(group);
     const std::size_t scratch_segment = 2 * LocalGroup::scratch_bytes / 4 / 4;
     const auto memory = layout.engine.allocate(group, 8 << 20);

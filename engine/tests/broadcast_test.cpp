@@ -12,12 +12,12 @@ const Test broadcast("broadcast: from every root, any count", Runs::on_ranks, []
       for (const std::size_t num_bytes : {std::size_t{0}, std::size_t{1}, std::size_t{10007}, std::size_t{2500000}}) {
         const Bytes wanted = contribution(root, DataType::uint8, num_bytes);
         Bytes buffer = layout.group.rank() == root ? wanted : Bytes(num_bytes, std::byte{0xa5});
-        finish(layout.engine, layout.engine.broadcast(layout.group, buffer, root));
+        finish(layout.engine, layout.engine.broadcast(layout.group, buffer, root, DataType::uint8));
         expect(buffer == wanted, layout.name + ": " + std::to_string(num_bytes) + " bytes of " + std::to_string(root));
       }
     }
     for (const int root : {-1, layout.group.size()}) {
-      expect_throws<std::invalid_argument>([&] { layout.engine.broadcast(layout.group, {}, root); }, "root is");
+      expect_throws<std::invalid_argument>([&] { layout.engine.broadcast(layout.group, {}, root, DataType::uint8); }, "root is");
     }
   });
 });

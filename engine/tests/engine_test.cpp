@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "collectives/errors.hpp"
+#include "collectives/parts.hpp"
 #include "ranks.hpp"
 
 namespace dtrain {
@@ -29,8 +30,9 @@ const Test barrier("engine: nobody leaves a barrier before all have called it", 
     finish(layout.engine, layout.engine.barrier(layout.group));
     const double left = std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
     std::vector<double> called(static_cast<std::size_t>(layout.group.size()));
-    const auto gathered = layout.engine.all_gather(layout.group, std::as_bytes(std::span(&own, 1)),
-                                                   std::as_writable_bytes(std::span(called)));
+    const auto places = even_parts(std::as_writable_bytes(std::span(called)), called.size());
+    const auto gathered =
+        layout.engine.all_gather(layout.group, std::as_bytes(std::span(&own, 1)), places, DataType::float64);
     finish(layout.engine, gathered);
     expect(left >= std::ranges::max(called), layout.name);
   });
@@ -80,12 +82,12 @@ const Test mismatch("engine: ranks that call different collectives get one error
     std::vector<std::int64_t> values(3);
     finish(engine, engine.all_reduce(*group, bytes_of(values), sum_of_int64));
     const bool is_last = engine.rank() == engine.size() - 1;
-    const auto different = is_last ? engine.broadcast(*group, bytes_of(values), 1)
+    const auto different = is_last ? engine.broadcast(*group, bytes_of(values), 1, DataType::int64)
                                    : engine.all_reduce(*group, bytes_of(values), sum_of_int64);
     const auto queued = engine.barrier(*group);
     const std::string last = std::to_string(engine.size() - 1);
     const std::string text = "collective 1 of this group: rank 0 calls all_reduce(sum, 3 int64), rank " + last +
-                             " calls broadcast(root 1, 24 uint8)";
+                             " calls broadcast(root 1, 3 int64)";
     expect_throws<Mismatch>([&] { finish(engine, different); }, text);
     expect_throws<Mismatch>([&] { finish(engine, queued); }, text);
     expect_throws<Mismatch>([&] { finish(engine, engine.barrier(*group)); }, text);
@@ -144,8 +146,9 @@ const Test last_collective("engine: a rank may leave as soon as its last collect
       const auto group = ranks.all();
       Bytes input(50000);
       Bytes output(input.size() * static_cast<std::size_t>(group->size()));
-      const auto operation = round % 3 == 0   ? ranks.engine.all_gather(*group, input, output)
-                             : round % 3 == 1 ? ranks.engine.broadcast(*group, input, 0)
+      const auto parts = even_parts<std::byte>(output, static_cast<std::size_t>(group->size()));
+      const auto operation = round % 3 == 0   ? ranks.engine.all_gather(*group, input, parts, DataType::uint8)
+                             : round % 3 == 1 ? ranks.engine.broadcast(*group, input, 0, DataType::uint8)
                                               : ranks.engine.barrier(*group);
       finish(ranks.engine, operation);
     }

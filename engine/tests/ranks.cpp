@@ -63,12 +63,15 @@ Bytes contribution(int rank, DataType dtype, std::size_t count) {
   switch (dtype) {
     case DataType::float32: fill([&] { return static_cast<float>(uniform(random)); }); break;
     case DataType::float64: fill([&] { return uniform(random); }); break;
+    case DataType::int8:
     case DataType::uint8: fill([&] { return static_cast<std::uint8_t>(random() >> 8); }); break;
+    case DataType::int16: fill([&] { return static_cast<std::uint16_t>(random() >> 8); }); break;
     case DataType::boolean: fill([&] { return static_cast<std::uint8_t>(random() >> 8 & 1U); }); break;
     case DataType::bfloat16:  // below 0x4000 in size: finite, and so are sums
     case DataType::float16: fill([&] { return static_cast<std::uint16_t>(random() >> 8 & 0xbfffU); }); break;
     case DataType::int32: fill([&] { return static_cast<std::uint32_t>(random() << 3); }); break;
     case DataType::int64: fill([&] { return std::uint64_t{random()} << 31; }); break;
+    default: break;  // is only moved
   }
   return bytes;
 }

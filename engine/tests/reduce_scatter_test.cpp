@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "collectives/parts.hpp"
 #include "ranks.hpp"
 
 namespace dtrain {
@@ -12,6 +13,7 @@ const Test reduce_scatter("reduce_scatter: any count, also into the input", Runs
   for_each_layout([](const Layout& layout) {
     const auto size = static_cast<std::size_t>(layout.group.size());
     const auto own = static_cast<std::size_t>(layout.group.rank());
+    const auto parts = [size](const Bytes& input) { return even_parts<const std::byte>(input, size); };
     for (const std::size_t count : {std::size_t{0}, std::size_t{1}, std::size_t{10007}, std::size_t{400000}}) {
       for (const DataType dtype : {DataType::float32, DataType::bfloat16, DataType::int64}) {
         if (count == 400000 && dtype != DataType::float32) continue;
@@ -27,9 +29,9 @@ const Test reduce_scatter("reduce_scatter: any count, also into the input", Runs
         const Bytes wanted = reduce_in_order(own_blocks, with_scale(dtype, op, layout.group.size()));
         Bytes output(num_bytes);
         Bytes input = inputs[own];
-        const auto first = layout.engine.reduce_scatter(layout.group, inputs[own], output, {.dtype = dtype, .op = op});
+        const auto first = layout.engine.reduce_scatter(layout.group, parts(inputs[own]), output, {.dtype = dtype, .op = op});
         const auto place = std::span(input).subspan(own * num_bytes, num_bytes);
-        const auto second = layout.engine.reduce_scatter(layout.group, input, place, {.dtype = dtype, .op = op});
+        const auto second = layout.engine.reduce_scatter(layout.group, parts(input), place, {.dtype = dtype, .op = op});
         finish(layout.engine, first);
         finish(layout.engine, second);
         const std::string what = layout.name + ": " + std::to_string(count) + " " + name(dtype);
@@ -38,7 +40,27 @@ const Test reduce_scatter("reduce_scatter: any count, also into the input", Runs
       }
     }
     Bytes output(4);
-    expect_throws<std::invalid_argument>([&] { layout.engine.reduce_scatter(layout.group, {}, output, {}); }, "0 bytes");
+    expect_throws<std::invalid_argument>([&] { layout.engine.reduce_scatter(layout.group, {}, output, {}); }, "0 inputs for");
+  });
+});
+
+const Test uneven("reduce_scatter: parts of different lengths, some empty", Runs::on_ranks, [] {
+  for_each_layout([](const Layout& layout) {
+    const auto own = static_cast<std::size_t>(layout.group.rank());
+    const auto count = [](std::size_t rank) { return rank * 100003; };
+    std::vector<std::vector<Bytes>> inputs;  // of each rank, for each
+    for (int rank = 0; rank < layout.group.size(); ++rank) {
+      inputs.emplace_back();
+      for (std::size_t part = 0; part < static_cast<std::size_t>(layout.group.size()); ++part) {
+        inputs.back().push_back(contribution(rank * 10 + static_cast<int>(part), DataType::float32, count(part)));
+      }
+    }
+    std::vector<Bytes> own_parts;
+    for (const auto& of_rank : inputs) own_parts.push_back(of_rank[own]);
+    Bytes output(count(own) * 4);
+    const std::vector<std::span<const std::byte>> spans(inputs[own].begin(), inputs[own].end());
+    finish(layout.engine, layout.engine.reduce_scatter(layout.group, spans, output, {}));
+    expect(output == reduce_in_order(own_parts, {}), layout.name);
   });
 });
 

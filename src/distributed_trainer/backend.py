@@ -6,17 +6,14 @@ from __future__ import annotations
 import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import (
-    AllgatherOptions,
-    AllreduceOptions,
-    BroadcastOptions,
-    ReduceScatterOptions,
-)
+
+from .work import Operations, Work
 
 _OPERATIONS = {
     dist.ReduceOp.SUM: "SUM",
@@ -24,78 +21,48 @@ _OPERATIONS = {
     dist.ReduceOp.PRODUCT: "PRODUCT",
     dist.ReduceOp.MIN: "MIN",
     dist.ReduceOp.MAX: "MAX",
+    dist.ReduceOp.BAND: "BAND",
+    dist.ReduceOp.BOR: "BOR",
+    dist.ReduceOp.BXOR: "BXOR",
 }
-
-
-class Work(dist.Work):
-    """A collective in flight."""
-
-    def __init__(self, operation: Any, finish: Callable[[], None] | None) -> None:
-        super().__init__()
-        self._operation = operation
-        self._finish = finish
-
-    def wait(self, timeout: Any = None) -> bool:
-        """Blocks until the result is in the caller's tensors. Local.
-
-        Args:
-            timeout: A timedelta; None waits as long as it takes.
-
-        Raises:
-            MismatchError: Ranks called different collectives. The same on every rank of a node.
-            DistributedTrainerError: A rank has left or closed the group, MPI reports an error, or the time is over.
-        """
-        seconds = timeout.total_seconds() if timeout else None
-        if not self._operation.wait(seconds):
-            raise dist.DistBackendError(f"the collective did not end within {seconds} s")
-        if self._finish is not None:
-            finish, self._finish = self._finish, None
-            finish()
-        return True
-
-    def is_completed(self) -> bool:
-        """Whether `wait` would return at once. Local."""
-        return self._operation.is_done()
+# Only moved, and as bytes: not every DLPack knows them.
+_FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 
 
 class ProcessGroupShmpi(dist.ProcessGroup):
     """A group of ranks whose collectives the engine runs, in the order in which this rank calls them.
 
-    Collectives return a `Work` at once. They take tensors of any strides; contiguous CPU tensors are used in place,
-    others by way of a contiguous host copy (pinned, for an accelerator's), written back in `Work.wait`.
-    Reductions take float32, float64, bfloat16, float16, int32, int64, uint8 and bool, the rest any dtype.
-
-    Tensors of the device type `inner_device` go to a process group of torch, NCCL for CUDA, made when the first one
-    comes. (A process group that is a Python class replaces torch's whole group, so it must serve all devices itself.)
+    Operations return a `Work` at once. They take tensors of any strides; contiguous CPU tensors are used in place,
+    others by way of a contiguous host copy (pinned, for an accelerator's), written back in `Work.wait`. Reductions take
+    float32, float64, bfloat16, float16, int8, int16, int32, int64, uint8 and bool, sums complex types too; the rest
+    takes any dtype. Messages (`send`, `recv`) keep their order for each tag, and do not wait for collectives.
 
     Args:
         group: The engine's group.
         operations: The engine's `ReduceOp`.
-        inner_device: Type of device, None for no inner group.
-        make_inner: Makes the inner group. Collective.
         always_stage: Copy tensors even where they could be used in place. For tests of that path.
         wire_dtype: The engine's `WireDtype` in which all_reduce sends sums of float32 between nodes, None for float32.
             Each node's sum is rounded to it, these are added in float32, and the result is rounded to it.
+        timeout: How long `Work.wait` waits.
     """
 
     def __init__(
         self,
         group: Any,
         operations: Any,
-        inner_device: str | None = None,
-        make_inner: Callable[[], Any] | None = None,
         always_stage: bool = False,
         wire_dtype: Any = None,
+        timeout: timedelta = dist.default_pg_timeout,
     ) -> None:
         super().__init__(group.rank, group.size)
         self._group = group
         self._operations = operations
-        self._inner_device = inner_device
-        self._make_inner = make_inner
-        self._inner: Any = None
+        self._sum = operations.SUM
         self._always_stage = always_stage
         self._wire_dtype = wire_dtype
+        self._timeout = timeout
         self._in_flight: deque[tuple[Any, tuple[Tensor, ...]]] = deque()
+        self._coalesced: list[Any] | None = None
         self._name = ""
 
     def getBackendName(self) -> str:  # noqa: D102
@@ -139,7 +106,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
                 of use. It may be written again once a later all_reduce of this group is done: peers read it till then.
             blocks: (offset, length) in bytes, the same lengths on every rank.
         """
-        return self._start(self._group.reduce_shards(buffer, blocks), (buffer,), None)
+        return self._start(self._group.reduce_shards(buffer, blocks), (buffer,))
 
     def gather_shards(self, buffer: Tensor, blocks: Sequence[tuple[int, int]]) -> Work:
         """Completes once the own part (`shard_bounds`) of each block, of every rank, is in the buffer. Collective.
@@ -150,7 +117,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
             buffer: uint8 tensor of `allocate_shared`.
             blocks: (offset, length) in bytes, the same on every rank.
         """
-        return self._start(self._group.gather_shards(buffer, blocks), (buffer,), None)
+        return self._start(self._group.gather_shards(buffer, blocks), (buffer,))
 
     def gather_bytes(self, message: bytes) -> bytes:
         """The messages of all ranks, which have one length, in one piece. Collective, blocks; takes a few us."""
@@ -163,103 +130,282 @@ class ProcessGroupShmpi(dist.ProcessGroup):
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
         """Reduces a tensor over all ranks, in place, to the same bits on each. Collective.
 
-        16-bit types are summed in float32 in the order of the ranks of a node, and of the nodes.
+        16-bit types are summed in float32 in the order of the ranks of a node, and of the nodes. A sparse tensor is
+        summed by gathering its elements; that blocks.
         """
         (tensor,) = tensors
-        if inner := self._inner_for(tensor):
-            return inner.allreduce([tensor], opts or AllreduceOptions())
-        buffer = self._host_buffer(tensor)
-        operation = self._group.all_reduce(buffer, self._reduce_op(opts), self._wire_dtype)
-        return self._start(operation, (buffer,), self._copy_back(tensor, buffer))
+        if tensor.layout is not torch.strided:
+            return self._reduce_sparse(tensor, opts)
+        buffer, op = self._reduction(tensor, opts)
+        operation = self._group.all_reduce(buffer, op, self._wire_dtype)
+        return self._start(operation, (buffer,), self._copy_back(tensor, buffer), tensors)
+
+    def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
+        """Like `allreduce`, of several tensors. Collective."""
+        return self._together([self.allreduce([tensor], opts) for tensor in tensors], tensors)
+
+    def reduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
+        """Like `allreduce`, but only rank `opts.rootRank` gets the result. Collective."""
+        (tensor,) = tensors
+        root = 0 if opts is None else opts.rootRank
+        buffer, op = self._reduction(tensor, opts)
+        if self.rank() != root:
+            buffer = buffer.clone()  # every rank's buffer gets the result
+        back = self._copy_back(tensor, buffer) if self.rank() == root else None
+        return self._start(self._group.reduce(buffer, op, root), (buffer,), back, tensors)
 
     def broadcast(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
         """Copies the tensor of rank `opts.rootRank` to every rank. Collective."""
         (tensor,) = tensors
-        if inner := self._inner_for(tensor):
-            return inner.broadcast([tensor], opts or BroadcastOptions())
         root = 0 if opts is None else opts if isinstance(opts, int) else opts.rootRank
-        buffer = self._host_buffer(tensor)
+        buffer = self._input(tensor) if self.rank() == root else self._output(tensor)
         operation = self._group.broadcast(buffer, root)
-        return self._start(operation, (buffer,), self._copy_back(tensor, buffer))
+        back = self._copy_back(tensor, buffer) if self.rank() != root else None
+        return self._start(operation, (buffer,), back, tensors)
 
-    def _allgather_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
         """Fills `output` with the `input` of all ranks, in their order. Collective; inputs have one shape."""
-        if inner := self._inner_for(input):
-            return inner._allgather_base(output, input, opts or AllgatherOptions())
-        source, target = self._host_buffer(input), self._host_buffer(output)
+        source, target = self._input(input), self._output(output)
         operation = self._group.all_gather(source, target)
-        return self._start(operation, (source, target), self._copy_back(output, target))
+        return self._start(operation, (source, target), self._copy_back(output, target), (output,))
 
-    all_gather_single = _allgather_base  # its name from torch 2.13 on
+    _allgather_base = all_gather_single  # its name before torch 2.13
 
     def allgather(
         self, output_tensors: Sequence[Sequence[Tensor]], input_tensors: Sequence[Tensor], opts: Any = None
     ) -> Work:
-        """Like `_allgather_base`, into a list of one tensor for each rank. Collective."""
+        """Fills a list with the inputs of all ranks, whose sizes may differ. Collective."""
         (outputs,), (input,) = output_tensors, input_tensors
-        if inner := self._inner_for(input):
-            return inner.allgather([outputs], [input], opts or AllgatherOptions())
-        gathered = torch.empty((len(outputs), *input.shape), dtype=input.dtype)
-        source = self._host_buffer(input)
+        source, targets = self._input(input), [self._output(output) for output in outputs]
+        operation = self._group.all_gather(source, targets)
+        back = self._copies_back(outputs, targets)
+        return self._start(operation, (source, *targets), back, outputs)
 
-        def distribute() -> None:
-            for output, part in zip(outputs, gathered, strict=True):
-                output.copy_(part)
+    def allgather_coalesced(
+        self, output_lists: Sequence[Sequence[Tensor]], input_list: Sequence[Tensor], opts: Any = None
+    ) -> Work:
+        """Like `allgather`, of several inputs: list r is filled with all inputs of rank r. Collective."""
+        works = [
+            self.allgather([[outputs[number] for outputs in output_lists]], [input])
+            for number, input in enumerate(input_list)
+        ]
+        return self._together(works, [output for outputs in output_lists for output in outputs])
 
-        operation = self._group.all_gather(source, gathered)
-        return self._start(operation, (source, gathered), distribute)
+    def all_gather_single_coalesced(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+    ) -> Work:
+        """Like `all_gather_single`, of several inputs. Collective."""
+        return self._together([self.all_gather_single(*pair) for pair in zip(outputs, inputs, strict=True)], outputs)
 
-    def _reduce_scatter_base(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
-        """Leaves in `output` of rank r the reduction of everybody's part r of `input`. Collective."""
-        if inner := self._inner_for(input):
-            return inner._reduce_scatter_base(output, input, opts or ReduceScatterOptions())
-        source, target = self._host_buffer(input), self._host_buffer(output)
-        operation = self._group.reduce_scatter(source, target, self._reduce_op(opts))
-        return self._start(operation, (source, target), self._copy_back(output, target))
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
 
-    reduce_scatter_single = _reduce_scatter_base
+    def gather(
+        self, output_tensors: Sequence[Sequence[Tensor]], input_tensors: Sequence[Tensor], opts: Any = None
+    ) -> Work:
+        """Fills a list on rank `opts.rootRank` with the inputs of all ranks. Collective."""
+        (input,) = input_tensors
+        outputs = list(output_tensors[0]) if output_tensors else []
+        source, targets = self._input(input), [self._output(output) for output in outputs]
+        operation = self._group.gather(source, targets or None, 0 if opts is None else opts.rootRank)
+        back = self._copies_back(outputs, targets)
+        return self._start(operation, (source, *targets), back, outputs)
+
+    def scatter(
+        self, output_tensors: Sequence[Tensor], input_tensors: Sequence[Sequence[Tensor]], opts: Any = None
+    ) -> Work:
+        """Fills each rank's output with its tensor of a list on rank `opts.rootRank`. Collective."""
+        (output,) = output_tensors
+        sources = [self._input(input) for input in input_tensors[0]] if input_tensors else []
+        target = self._output(output)
+        operation = self._group.scatter(sources or None, target, 0 if opts is None else opts.rootRank)
+        return self._start(operation, (*sources, target), self._copy_back(output, target), output_tensors)
+
+    def reduce_scatter(
+        self, output_tensors: Sequence[Tensor], input_tensors: Sequence[Sequence[Tensor]], opts: Any = None
+    ) -> Work:
+        """Leaves in the output of rank r the reduction of everybody's input r; their sizes may differ. Collective."""
+        (output,), (inputs,) = output_tensors, input_tensors
+        reductions = [self._reduction(input, opts) for input in inputs]
+        return self._reduce_scatter(output, [buffer for buffer, _ in reductions], reductions[0][1])
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:
+        """The same with an input of all parts in a row. Collective."""
+        return self._reduce_scatter(output, *self._reduction(input, opts))
+
+    _reduce_scatter_base = reduce_scatter_single
+
+    def reduce_scatter_single_coalesced(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
+    ) -> Work:
+        """Like `reduce_scatter_single`, of several inputs. Collective."""
+        pairs = zip(outputs, inputs, strict=True)
+        return self._together([self.reduce_scatter_single(*pair, opts) for pair in pairs], outputs)
+
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+
+    def alltoall(self, output_tensors: Sequence[Tensor], input_tensors: Sequence[Tensor], opts: Any = None) -> Work:
+        """Fills output r with the tensor that rank r has for this one. Collective."""
+        sources = [self._input(input) for input in input_tensors]
+        targets = [self._output(output) for output in output_tensors]
+        operation = self._group.all_to_all(sources, targets)
+        back = self._copies_back(output_tensors, targets)
+        return self._start(operation, (*sources, *targets), back, output_tensors)
+
+    def all_to_all_single(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: Sequence[int] = (),
+        input_split_sizes: Sequence[int] = (),
+        opts: Any = None,
+    ) -> Work:
+        """The same with tensors cut along the first dimension, evenly unless sizes are given. Collective."""
+        source, target = self._input(input), self._output(output)
+        sources = list(source.split(list(input_split_sizes))) if input_split_sizes else source
+        targets = list(target.split(list(output_split_sizes))) if output_split_sizes else target
+        operation = self._group.all_to_all(sources, targets)
+        return self._start(operation, (source, target), self._copy_back(output, target), (output,))
+
+    alltoall_base = all_to_all_single
+
+    def send(self, tensors: Sequence[Tensor], destination: int, tag: int = 0) -> Work:
+        """Sends a tensor to a rank of the group, which receives one of the same size and tag."""
+        (tensor,) = tensors
+        source = self._input(tensor)
+        return self._start(self._group.send(source, destination, tag), (source,), None, tensors)
+
+    def recv(self, tensors: Sequence[Tensor], source: int | None, tag: int = 0) -> Work:
+        """Receives a tensor that a rank of the group sends with this tag."""
+        (tensor,) = tensors
+        target = self._output(tensor)
+        operation = self._group.receive(target, source, tag)
+        return self._start(operation, (target,), self._copy_back(tensor, target), tensors)
+
+    def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> Work:
+        """The same from any rank; `Work.source_rank` tells which."""
+        return self.recv(tensors, None, tag)
 
     def barrier(self, opts: Any = None) -> Work:
         """Completes once every rank has called it. Collective."""
-        return self._start(self._group.barrier(), (), None)
+        return self._start(self._group.barrier(), ())
 
-    def _start(self, operation: Any, buffers: tuple[Tensor, ...], finish: Callable[[], None] | None) -> Work:
+    def _start_coalescing(self, device: torch.device) -> None:
+        self._coalesced = []
+
+    def _end_coalescing(self, device: torch.device) -> Work:
+        works, self._coalesced = self._coalesced, None
+        return self._together(works, [tensor for work in works for tensor in work._results])
+
+    def _start(
+        self,
+        operation: Any,
+        buffers: tuple[Tensor, ...],
+        finish: Callable[[], None] | None = None,
+        results: Sequence[Tensor] = (),
+    ) -> Work:
         # The engine works on bare memory: what it works on lives until it is done, even if the caller lets go.
         while self._in_flight and self._in_flight[0][0].is_done():
             self._in_flight.popleft()
         self._in_flight.append((operation, buffers))
-        return Work(operation, finish)
+        work = Work(operation, results, finish, self._wait)
+        if self._coalesced is not None:
+            self._coalesced.append(work)
+        return work
 
-    def _inner_for(self, tensor: Tensor) -> Any:
-        if self._inner_device is None or tensor.device.type != self._inner_device:
-            return None
-        if self._inner is None:
-            self._inner = self._make_inner()
-        return self._inner
+    def _together(self, works: Sequence[Work], results: Sequence[Tensor]) -> Work:
+        def finish() -> None:
+            for work in works:
+                if work._finish is not None:
+                    work._finish()
 
-    def _host_buffer(self, tensor: Tensor) -> Tensor:
+        return Work(Operations([work._operation for work in works]), results, finish, self._wait)
+
+    def _wait(self, operation: Any, timeout_seconds: float | None) -> None:
+        seconds = self._timeout.total_seconds() if timeout_seconds is None else timeout_seconds
+        if not operation.wait(seconds):
+            raise dist.DistBackendError(f"the collective did not end within {seconds} s")
+
+    def _reduce_scatter(self, output: Tensor, inputs: Any, op: Any) -> Work:
+        target = self._output(torch.view_as_real(output) if output.is_complex() else output)
+        operation = self._group.reduce_scatter(inputs, target, op)
+        return self._start(operation, (*inputs, target), self._copy_back(output, target), (output,))
+
+    def _reduce_sparse(self, tensor: Tensor, opts: Any) -> Work:
+        op = _reduce_op(opts)
+        if tensor.layout is not torch.sparse_coo or op != dist.ReduceOp.SUM:
+            raise ValueError(
+                f"of sparse tensors shmpi takes sums of COO ones; this is {tensor.layout}, reduced by {op}"
+            )
+        own = tensor.coalesce()
+        rows = self.gather_bytes(own._nnz().to_bytes(8, "little"))
+        counts = [int.from_bytes(rows[start : start + 8], "little") for start in range(0, len(rows), 8)]
+        indices = [own.indices().new_empty(count, own.sparse_dim()) for count in counts]
+        values = [own.values().new_empty(count, *own.shape[own.sparse_dim() :]) for count in counts]
+        works = [self.allgather([indices], [own.indices().t()]), self.allgather([values], [own.values()])]
+
+        def add() -> None:
+            total = torch.sparse_coo_tensor(torch.cat(indices).t(), torch.cat(values), tensor.shape)
+            tensor.copy_(total.coalesce())
+
+        return Work(Operations([work._operation for work in works]), (tensor,), add, self._wait)
+
+    def _input(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor on the host that holds what this one does."""
         on_accelerator = not tensor.is_cpu
         is_lazy = tensor.is_conj() or tensor.is_neg()  # its memory holds other values
         if tensor.is_contiguous() and not (on_accelerator or is_lazy or self._always_stage):
-            return tensor
+            return tensor if tensor.dtype not in _FLOAT8 else tensor.view(torch.uint8)
         tensor = tensor.detach()
         buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_accelerator)
         buffer.copy_(tensor, non_blocking=True)
         if on_accelerator:
             torch.accelerator.current_stream(tensor.device).synchronize()
-        return buffer
+        return buffer if tensor.dtype not in _FLOAT8 else buffer.view(torch.uint8)
+
+    def _output(self, tensor: Tensor) -> Tensor:
+        """A contiguous tensor on the host to be filled, which `_copies_back` copies to this one."""
+        on_accelerator = not tensor.is_cpu
+        is_lazy = tensor.is_conj() or tensor.is_neg()
+        if not tensor.is_contiguous() or on_accelerator or is_lazy or self._always_stage:
+            tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_accelerator)
+        return tensor if tensor.dtype not in _FLOAT8 else tensor.view(torch.uint8)
+
+    def _reduction(self, tensor: Tensor, opts: Any) -> tuple[Tensor, Any]:
+        """A contiguous tensor on the host of a type that the engine reduces, and the engine's operation."""
+        op = _reduce_op(opts)
+        if op == dist.ReduceOp.SUM and not tensor.is_complex():
+            return self._input(tensor), self._sum
+        if op == dist.ReduceOp.PREMUL_SUM:
+            tensor, op = tensor * op.factor, dist.ReduceOp.SUM
+        name = next(name for known, name in _OPERATIONS.items() if op == known)  # not by key: their hashes differ
+        buffer = self._input(tensor)
+        if tensor.is_complex():
+            if name not in ("SUM", "AVERAGE"):
+                raise ValueError(f"complex tensors can be summed and averaged, not reduced by {op}")
+            buffer = torch.view_as_real(buffer)
+        return buffer, getattr(self._operations, name)
 
     def _copy_back(self, tensor: Tensor, buffer: Tensor) -> Callable[[], None] | None:
-        if buffer is tensor:
+        """What copies a result from where the engine left it; None if that is the caller's memory."""
+        if buffer is tensor or buffer.data_ptr() == tensor.data_ptr():
             return None
-        return lambda: tensor.detach().copy_(buffer)
+        if tensor.is_complex() and not buffer.is_complex():
+            buffer = torch.view_as_complex(buffer)
+        return lambda: tensor.detach().copy_(buffer.view(tensor.dtype))
 
-    def _reduce_op(self, opts: Any) -> Any:
-        op = dist.ReduceOp.SUM if opts is None else getattr(opts, "reduceOp", opts)
-        for known, name in _OPERATIONS.items():
-            if op == known:
-                return getattr(self._operations, name)
-        raise ValueError(f"shmpi reduces by {', '.join(_OPERATIONS.values())}, not by {op}")
+    def _copies_back(self, tensors: Sequence[Tensor], buffers: Sequence[Tensor]) -> Callable[[], None] | None:
+        copies = [self._copy_back(*pair) for pair in zip(tensors, buffers, strict=True)]
+
+        def copy() -> None:
+            for one in copies:
+                if one is not None:
+                    one()
+
+        return copy if any(copies) else None
+
+
+def _reduce_op(opts: Any) -> Any:
+    return dist.ReduceOp.SUM if opts is None else getattr(opts, "reduceOp", opts)
 
 
 def message_device(process_group: dist.ProcessGroup) -> torch.device:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from . import devices, launch, library
 from .backend import ProcessGroupShmpi, gather_objects
 from .errors import LaunchError
+from .inner import ProcessGroupShmpiWithInner
 from .store import MPIStore
 
 logger = logging.getLogger("distributed_trainer")
@@ -61,7 +63,12 @@ class Job:
         """A store of all ranks. The first access is collective and blocks."""
         return MPIStore(self.engine.create_mailbox())
 
-    def create_group(self, ranks: Sequence[int] | None = None, wire_dtype: str | None = None) -> ProcessGroupShmpi:
+    def create_group(
+        self,
+        ranks: Sequence[int] | None = None,
+        wire_dtype: str | None = None,
+        timeout: timedelta = dist.default_pg_timeout,
+    ) -> ProcessGroupShmpi:
         """Makes a process group with an order of calls of its own. Collective over `ranks` (None: all), blocks.
 
         CUDA tensors go to NCCL where torch has it. (Written with care, but not run: no GPU was at hand.)
@@ -69,6 +76,7 @@ class Job:
         Args:
             ranks: In the order of the group.
             wire_dtype: "bfloat16" or "float16": type in which all_reduce sends sums of float32 between machines.
+            timeout: How long a wait for an operation of the group lasts.
         """
         wire = None if wire_dtype is None else getattr(self.module.WireDtype, wire_dtype)
         group = self.engine.create_group(list(range(self.engine.size) if ranks is None else ranks))
@@ -76,8 +84,10 @@ class Job:
         if inner_device is not None:
             store = dist.PrefixStore(f"inner/{next(self._group_numbers)}/{ranks}", self.store)
             make_inner = functools.partial(_make_nccl, store, group.rank, group.size)
-            return ProcessGroupShmpi(group, self.module.ReduceOp, inner_device, make_inner, wire_dtype=wire)
-        return ProcessGroupShmpi(group, self.module.ReduceOp, wire_dtype=wire)
+            return ProcessGroupShmpiWithInner(
+                group, self.module.ReduceOp, inner_device, make_inner, wire_dtype=wire, timeout=timeout
+            )
+        return ProcessGroupShmpi(group, self.module.ReduceOp, wire_dtype=wire, timeout=timeout)
 
 
 _jobs: list[Job] = []  # the first initialised MPI, unless the script did
@@ -162,7 +172,7 @@ def _make_nccl(store: dist.Store, rank: int, size: int) -> Any:
 
 def _create_backend(options: Any, _backend_options: Any) -> ProcessGroupShmpi:
     """Makes a group for torch.distributed's init_process_group and new_group."""
-    return start(None, None).create_group(options.global_ranks_in_group or None)
+    return start(None, None).create_group(options.global_ranks_in_group or None, timeout=options.timeout)
 
 
 def _rendezvous(_url: str, **_options: Any) -> Iterator[tuple[dist.Store, int, int]]:

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "collectives/errors.hpp"
+#include "ranks.hpp"
+
+namespace dtrain {
+namespace {
+
+using namespace test;
+
+const Test messages("messages: tags out of order, beside collectives, from any rank", Runs::on_ranks, [] {
+  for_each_layout([](const Layout& layout) {
+    Engine& engine = layout.engine;
+    Group& group = layout.group;
+    const int size = group.size();
+    const int next = (group.rank() + 1) % size;
+    const int previous = (group.rank() + size - 1) % size;
+    const auto content = [](int rank, int tag) {
+      return contribution(rank, DataType::uint8, tag == 2 ? 3000001 : static_cast<std::size_t>(tag) * 10);
+    };
+    std::vector<Bytes> received;
+    std::vector<Bytes> sent;
+    for (const int tag : {0, 1, 2}) {
+      received.emplace_back(content(previous, tag).size());
+      sent.push_back(content(group.rank(), tag));
+    }
+    std::vector<std::shared_ptr<Operation>> operations;
+    const auto index = [](int tag) { return static_cast<std::size_t>(tag); };
+    for (const int tag : {2, 0, 1}) {
+      operations.push_back(engine.receive(group, received[index(tag)], previous, tag, DataType::uint8));
+    }
+    std::vector<std::int64_t> ones(5, 1);
+    finish(engine, engine.all_reduce(group, std::as_writable_bytes(std::span(ones)), {.dtype = DataType::int64}));
+    expect_equal(ones[0], std::int64_t{size}, layout.name);
+    for (const int tag : {0, 1, 2}) {
+      operations.push_back(engine.send(group, sent[index(tag)], next, tag, DataType::uint8));
+    }
+    for (const auto& operation : operations) finish(engine, operation);
+    for (const int tag : {0, 1, 2}) {
+      expect(received[index(tag)] == content(previous, tag), layout.name + ": tag " + std::to_string(tag));
+    }
+
+    if (group.rank() > 0) {
+      finish(engine, engine.send(group, sent[1], 0, 7, DataType::uint8));
+      return;
+    }
+    int sum = 0;
+    for (int peer = 1; peer < size; ++peer) {
+      const auto operation = engine.receive(group, received[1], mpi::any_source, 7, DataType::uint8);
+      finish(engine, operation);
+      expect(received[1] == content(operation->source(), 1), layout.name + ": any source");
+      sum += operation->source();
+    }
+    expect_equal(sum, size * (size - 1) / 2, layout.name + ": each once");
+  });
+});
+
+const Test lengths("messages: a length that does not fit is an error, and the group goes on", Runs::on_ranks, [] {
+  for (const int max_ranks_per_node : {0, 1}) {
+    Ranks ranks(max_ranks_per_node);
+    const auto group = ranks.all();
+    if (group->size() == 1) return;
+    Bytes bytes(100);
+    if (group->rank() == 0) {
+      finish(ranks.engine, ranks.engine.send(*group, std::span(bytes).first(8), 1, 0, DataType::uint8));
+    } else if (group->rank() == 1) {
+      const auto operation = ranks.engine.receive(*group, bytes, 0, 0, DataType::uint8);
+      expect_throws<Mismatch>([&] { finish(ranks.engine, operation); },
+                              "rank 1 receives 100 bytes with tag 0, but rank 0 sent 8");
+    }
+    finish(ranks.engine, ranks.engine.barrier(*group));
+    expect_throws<std::invalid_argument>(
+        [&] { ranks.engine.send(*group, bytes, group->size(), 0, DataType::uint8); }, "destination is");
+    expect_throws<std::invalid_argument>([&] { ranks.engine.receive(*group, bytes, 0, -1, DataType::uint8); },
+                                         "the tag is -1");
+  }
+});
+
+}  // namespace
+}  // namespace dtrain

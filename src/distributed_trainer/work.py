@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations of a process group in flight, as torch.distributed hands them out: a `Work` to wait on, or a future."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# How long the futures' thread waits for one operation before it looks at the others.
+_WAIT_SECONDS = 0.002
+
+
+class Work(dist.Work):
+    """An operation in flight.
+
+    Args:
+        operation: The engine's, or several by way of `Operations`.
+        results: The caller's tensors, which hold the result when it is done.
+        finish: Called once when it is done: puts the result into the caller's tensors if it is not there.
+        wait: Waits for the operation up to the given number of seconds, None for the group's timeout.
+    """
+
+    def __init__(
+        self,
+        operation: Any,
+        results: Sequence[Tensor],
+        finish: Callable[[], None] | None,
+        wait: Callable[[Any, float | None], None],
+    ) -> None:
+        super().__init__()
+        self._operation = operation
+        self._results = results
+        self._finish = finish
+        self._wait = wait
+        self._future: torch.futures.Future | None = None
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Blocks until the result is in the caller's tensors. Local.
+
+        Args:
+            timeout: None, or zero as torch's C++ passes it, for the group's.
+
+        Raises:
+            MismatchError: Ranks called different collectives. The same on every rank of the group.
+            DistributedTrainerError: A rank has left or closed the group, or MPI reports an error.
+            DistBackendError: The time is over.
+        """
+        self._wait(self._operation, timeout.total_seconds() if timeout else None)
+        if self._finish is not None:
+            with _finishing:
+                finish, self._finish = self._finish, None
+                if finish is not None:
+                    finish()
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return, or raise, at once. Local."""
+        return self._operation.is_done()
+
+    def is_success(self) -> bool:
+        """Whether the operation is done and has not failed. Local."""
+        return self.is_completed() and self.exception() is None
+
+    def exception(self) -> Exception | None:
+        """What a completed operation failed with. Local."""
+        try:
+            self.wait()
+        except Exception as error:
+            return error
+        return None
+
+    def synchronize(self) -> None:
+        """The same as `wait`: there is no stream to put the wait into."""
+        self.wait()
+
+    def result(self) -> list[Tensor]:
+        """The caller's tensors. Waits."""
+        self.wait()
+        return list(self._results)
+
+    def source_rank(self) -> int:
+        """Of a receive: the rank of the group that sent. Waits."""
+        self.wait()
+        return self._operation.source
+
+    _source_rank = source_rank
+
+    def get_future(self) -> torch.futures.Future:
+        """A future of the caller's tensors, completed by a thread of its own. Local."""
+        if self._future is None:
+            self._future = torch.futures.Future()
+            _futures.add(self, self._future)
+        return self._future
+
+
+_finishing = threading.Lock()
+
+
+class Operations:
+    """Several operations of the engine as one."""
+
+    def __init__(self, operations: Sequence[Any]) -> None:
+        self._operations = list(operations)
+
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """Waits for all, each at most so long."""
+        return all([operation.wait(timeout_seconds) for operation in self._operations])
+
+    def is_done(self) -> bool:
+        """Whether all are."""
+        return all([operation.is_done() for operation in self._operations])
+
+
+class _Futures:
+    """Completes futures. One thread, started at first use, does it for all groups of the process."""
+
+    def __init__(self) -> None:
+        self._added: queue.SimpleQueue[tuple[Work, torch.futures.Future]] = queue.SimpleQueue()
+        self._start = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, work: Work, future: torch.futures.Future) -> None:
+        self._added.put((work, future))
+        with self._start:
+            if self._thread is None or not self._thread.is_alive():  # a forked child has no threads
+                self._thread = threading.Thread(target=self._run, name="dtrain-futures", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        pending: list[tuple[Work, torch.futures.Future]] = []
+        while True:
+            if not pending:
+                pending.append(self._added.get())
+            while not self._added.empty():
+                pending.append(self._added.get())
+            try:
+                pending[0][0]._operation.wait(_WAIT_SECONDS)
+            except Exception:
+                pass  # found again below
+            waiting = []
+            for work, future in pending:
+                if not work.is_completed():
+                    waiting.append((work, future))
+                elif (error := work.exception()) is not None:
+                    future.set_exception(error)
+                else:
+                    future.set_result(list(work._results))
+            pending = waiting
+
+
+_futures = _Futures()
