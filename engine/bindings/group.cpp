@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
@@ -103,6 +104,7 @@ void bind_group(nb::module_& m) {
   nb::class_<EngineGroup>(m, "Group")
       .def_prop_ro("rank", [](const EngineGroup& self) { return self.group->rank(); })
       .def_prop_ro("size", [](const EngineGroup& self) { return self.group->size(); })
+      .def_prop_ro("world_ranks", [](const EngineGroup& self) { return self.group->world_ranks(); })
       .def_prop_ro("num_nodes", [](const EngineGroup& self) { return self.group->num_nodes(); })
       .def(
           "allocate",
@@ -263,6 +265,20 @@ void bind_group(nb::module_& m) {
             return released(self, [&](Engine& e, Group& g) { return e.gather_shards(g, bytes, blocks_of(blocks)); });
           },
           nb::arg("buffer"), nb::arg("blocks"), "blocks: (offset, length) in bytes.")
+      .def(
+          "describe_wait",
+          [](const EngineGroup& self, const Pending& pending) {
+            const nb::gil_scoped_release release;
+            return self.engine->describe_wait(*self.group, *pending.operation);
+          },
+          nb::arg("operation"), "What it waits for, and whether this is the first rank that waits. Takes up to 1 s.")
+      .def(
+          "give_up",
+          [](const EngineGroup& self, const std::string& reason) {
+            const nb::gil_scoped_release release;
+            self.engine->give_up(*self.group, reason);
+          },
+          nb::arg("reason"), "Fails what every rank calls in this group, now and later. Local.")
       .def(
           "close",
           [](const EngineGroup& self) {

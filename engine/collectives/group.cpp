@@ -2,6 +2,7 @@
 #include "collectives/group.hpp"
 
 #include <algorithm>
+#include <cstdio>
 #include <string>
 #include <utility>
 
@@ -14,9 +15,10 @@ void Operation::rethrow() const {
   if (error_) std::rethrow_exception(error_);
 }
 
-Group::Group(mpi::Communicator communicator, std::vector<int> world_ranks, std::vector<int> node_of_rank,
-             LocalGroup local, std::shared_ptr<Counters> counters)
-    : communicator_(communicator),
+Group::Group(std::uint64_t id, mpi::Communicator communicator, std::vector<int> world_ranks,
+             std::vector<int> node_of_rank, LocalGroup local, std::shared_ptr<Counters> counters)
+    : id_(id),
+      communicator_(communicator),
       world_ranks_(std::move(world_ranks)),
       node_of_rank_(std::move(node_of_rank)),
       local_(std::move(local)),
@@ -125,7 +127,10 @@ bool Group::advance_head() {
       check_all_here();
       return false;
     }
-    if (!know_all_calls()) return false;
+    if (!know_all_calls()) {
+      check_all_here();
+      return false;
+    }
     check_calls();
     head.task_ = head.start_(head);
   }
@@ -180,13 +185,74 @@ std::vector<std::byte*> Group::shared_buffers() const {
 void Group::check_all_here() const {
   const int member = local_.first_left(num_finished_);
   if (member < 0 || member == local_.rank()) return;
+  const std::string reason = local_.reason_of(member);
   // It may have come to where this rank waits, and left after that; then what is waited for has come by now.
   const Operation& head = *queue_.front();
-  if (!head.task_ ? local_.all_posted(num_finished_) : head.task_->is_ready()) return;
-  throw RankLeft(
-      "rank " + std::to_string(ranks_of_node(node())[static_cast<std::size_t>(member)]) + " has left the job, or closed its trainer, while rank " +
-      std::to_string(rank()) + " waits for it in " + head.call_.description() + ", collective " +
-      std::to_string(num_finished_) + " of this group. Make the same number of calls on every rank");
+  if (reason.empty() && (!head.task_ ? local_.all_posted(num_finished_) : head.task_->is_ready())) return;
+  const std::string who = "rank " + std::to_string(ranks_of_node(node())[static_cast<std::size_t>(member)]);
+  if (!reason.empty()) throw RankLeft(who + " has given up this group: " + reason);
+  throw RankLeft(who + " has left the job, or closed its trainer, while rank " + std::to_string(rank()) +
+                 " waits for it in " + head.call_.description() + ", collective " + std::to_string(num_finished_) +
+                 " of this group. Make the same number of calls on every rank");
+}
+
+// Ranks that have not called the head of the queue, as far as is known here.
+std::vector<std::pair<int, std::optional<LastSeen>>> Group::absent() const {
+  std::vector<std::pair<int, std::optional<LastSeen>>> ranks;
+  const std::vector<int>& neighbours = ranks_of_node(node());
+  for (int member = 0; member < size(); ++member) {
+    const auto neighbour = std::ranges::find(neighbours, member);
+    std::optional<LastSeen> seen;
+    if (neighbour != neighbours.end()) {
+      seen = local_.last_seen(static_cast<int>(neighbour - neighbours.begin()));
+    } else if (!others_.empty()) {
+      seen = others_[static_cast<std::size_t>(member)];
+    }
+    if (!seen || seen->num_calls <= num_finished_) ranks.emplace_back(member, seen);
+  }
+  return ranks;
+}
+
+bool Group::is_first_here() const {
+  int first = 0;
+  for (const auto& [member, seen] : absent()) first += member == first ? 1 : 0;
+  return first == rank();
+}
+
+bool Group::knows_all() const {
+  for (int member = 0; member < size(); ++member) {
+    if (node_of_rank_[static_cast<std::size_t>(member)] != node() && !others_[static_cast<std::size_t>(member)]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+std::string Group::describe_wait(const Operation& operation) const {
+  const auto number = [this](const Operation& one) {
+    const auto place = std::ranges::find(queue_, &one, &std::shared_ptr<Operation>::get);
+    return num_finished_ + static_cast<std::uint64_t>(place - queue_.begin());
+  };
+  const auto tell = [](const std::optional<LastSeen>& seen) -> std::string {
+    if (!seen) return " does not answer";
+    if (seen->num_calls == 0) return " has called nothing in this group";
+    char ago[32];
+    std::snprintf(ago, sizeof(ago), "%.1f s ago", seen->seconds_ago);
+    return " was last seen in collective " + std::to_string(seen->num_calls - 1) + ", " + seen->call.description() +
+           ", which it called " + ago;
+  };
+  std::string text = "rank " + std::to_string(rank()) + " waits in " + operation.call_.description();
+  if (operation.is_message()) {
+    for (const auto& [member, seen] : absent()) {
+      if (member == operation.call_.root) text += "; rank " + std::to_string(member) + tell(seen);
+    }
+    return text;
+  }
+  text += ", collective " + std::to_string(number(operation)) + " of a group of " + std::to_string(size()) + " ranks";
+  const auto missing = absent();
+  for (const auto& [member, seen] : missing) text += "; rank " + std::to_string(member) + tell(seen);
+  if (missing.empty()) text += "; all ranks have come, but the data does not: see whether one was stopped or killed";
+  return text;
 }
 
 void Group::finish_head(std::exception_ptr error) {

@@ -10,6 +10,8 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "collectives/local_group.hpp"
@@ -69,9 +71,11 @@ class Group {
  public:
   // `world_ranks`: the engine's number of each rank of the group. `node_of_rank`: its node, numbered 0, 1, ... in the
   // order of the lowest rank.
-  Group(mpi::Communicator communicator, std::vector<int> world_ranks, std::vector<int> node_of_rank, LocalGroup local,
-        std::shared_ptr<Counters> counters);
+  // `id`: the same on every rank of the group, and of no other group of theirs.
+  Group(std::uint64_t id, mpi::Communicator communicator, std::vector<int> world_ranks, std::vector<int> node_of_rank,
+        LocalGroup local, std::shared_ptr<Counters> counters);
 
+  std::uint64_t id() const { return id_; }
   int rank() const { return communicator_.rank(); }
   int size() const { return communicator_.size(); }
   const std::vector<int>& world_ranks() const { return world_ranks_; }
@@ -110,6 +114,16 @@ class Group {
   // Whether progress() must be called again and again, since MPI has no way to wake a sleeper.
   bool needs_polling() const { return !messages_.empty() || (num_nodes() > 1 && !queue_.empty()); }
 
+  // What `operation` waits for, in words: which ranks have not come, and where they were last seen.
+  std::string describe_wait(const Operation& operation) const;
+  // Whether this rank is the first of those that have come to where the head of the queue is.
+  bool is_first_here() const;
+  // Where this rank was last seen, and what other nodes' ranks have said of themselves.
+  LastSeen last_seen() const { return local_.last_seen(local_.rank()); }
+  void set_last_seen(int member, const LastSeen& seen) { others_[static_cast<std::size_t>(member)] = seen; }
+  void forget_others() { others_.assign(static_cast<std::size_t>(size()), std::nullopt); }
+  bool knows_all() const;
+
   // Whether an operation failed on its way: MPI may still move bytes of it.
   bool has_abandoned() const { return !abandoned_.empty(); }
 
@@ -124,9 +138,11 @@ class Group {
   const Call& call_of(int member) const;
   void check_calls() const;
   void check_all_here() const;
+  std::vector<std::pair<int, std::optional<LastSeen>>> absent() const;
   void finish_head(std::exception_ptr error);
   void finish(const std::shared_ptr<Operation>& operation, std::exception_ptr error);
 
+  std::uint64_t id_;
   mpi::Communicator communicator_;
   std::vector<int> world_ranks_;
   std::vector<int> node_of_rank_;
@@ -141,6 +157,7 @@ class Group {
   std::vector<std::byte> staging_;
   std::vector<std::shared_ptr<Operation>> abandoned_;
   std::uint64_t num_finished_ = 0;
+  std::vector<std::optional<LastSeen>> others_;
   std::exception_ptr failure_;
 };
 

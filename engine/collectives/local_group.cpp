@@ -2,6 +2,7 @@
 #include "collectives/local_group.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <stdexcept>
 #include <utility>
@@ -9,6 +10,15 @@
 #include "memory/futex.hpp"
 
 namespace dtrain {
+namespace {
+
+// One clock for all processes of a machine.
+std::int64_t now_ns() {
+  using namespace std::chrono;
+  return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
 
 std::string Call::description() const {
   std::string elements = std::to_string(count) + " " + name(dtype);
@@ -67,6 +77,7 @@ bool LocalGroup::post(std::uint64_t sequence, const Call& call) {
   }
   Header& own = *headers_[static_cast<std::size_t>(local_rank_)];
   own.calls[sequence % ring_length] = call;
+  own.posted_at_ns.store(now_ns(), std::memory_order_relaxed);
   own.num_posted.store(sequence + 1, std::memory_order_release);
   ring_others();
   return true;
@@ -86,9 +97,23 @@ void LocalGroup::complete(std::uint64_t sequence) {
   headers_[static_cast<std::size_t>(local_rank_)]->num_completed.store(sequence + 1, std::memory_order_release);
 }
 
-void LocalGroup::leave() {
-  headers_[static_cast<std::size_t>(local_rank_)]->has_left.store(1, std::memory_order_release);
+void LocalGroup::leave(const std::string& reason) {
+  Header& own = *headers_[static_cast<std::size_t>(local_rank_)];
+  if (own.has_left.load(std::memory_order_relaxed) == 0) reason.copy(own.reason.data(), own.reason.size() - 1);
+  own.has_left.store(1, std::memory_order_release);
   ring_others();
+}
+
+std::string LocalGroup::reason_of(int member) const {
+  return headers_[static_cast<std::size_t>(member)]->reason.data();
+}
+
+LastSeen LocalGroup::last_seen(int member) const {
+  const Header& header = *headers_[static_cast<std::size_t>(member)];
+  const std::uint64_t num_calls = header.num_posted.load(std::memory_order_acquire);
+  if (num_calls == 0) return {};
+  const std::int64_t age_ns = now_ns() - header.posted_at_ns.load(std::memory_order_relaxed);
+  return {num_calls, header.calls[(num_calls - 1) % ring_length], static_cast<double>(age_ns) * 1e-9};
 }
 
 bool LocalGroup::has_left() const {
@@ -96,14 +121,17 @@ bool LocalGroup::has_left() const {
 }
 
 int LocalGroup::first_left(std::uint64_t sequence) const {
+  int first = -1;
   for (int member = 0; member < size(); ++member) {
     const Header& header = *headers_[static_cast<std::size_t>(member)];
-    if (header.has_left.load(std::memory_order_acquire) != 0 &&
-        header.num_completed.load(std::memory_order_acquire) <= sequence) {
-      return member;
+    if (header.has_left.load(std::memory_order_acquire) == 0 ||
+        header.num_completed.load(std::memory_order_acquire) > sequence) {
+      continue;
     }
+    if (!reason_of(member).empty()) return member;
+    if (first < 0) first = member;
   }
-  return -1;
+  return first;
 }
 
 std::uint64_t LocalGroup::arrive() {

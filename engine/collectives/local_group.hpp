@@ -45,6 +45,13 @@ struct Call {
   std::string description() const;
 };
 
+// Where a rank was last seen in a group.
+struct LastSeen {
+  std::uint64_t num_calls = 0;  // collectives that it has called
+  Call call;                    // the last of them
+  double seconds_ago = 0;
+};
+
 // One per process, shared with the processes of the node: how to wake it. Any process rings; the owner sleeps.
 struct alignas(64) Doorbell {
   std::atomic<std::uint32_t> rings;
@@ -76,11 +83,14 @@ class LocalGroup {
   const Call& call_of(int member, std::uint64_t sequence) const;
   void complete(std::uint64_t sequence);
 
-  // Says that this rank will take part in nothing more; members that wait for it then stop with an error.
-  void leave();
+  // Says that this rank will take part in nothing more, and why; members that wait for it then stop with an error.
+  void leave(const std::string& reason = {});
   bool has_left() const;
-  // The first member that has left without completing call number `sequence`, or -1.
+  // The first member that has left without completing call number `sequence`, or -1. Those that said why go first.
   int first_left(std::uint64_t sequence) const;
+  // What it said when it left.
+  std::string reason_of(int member) const;
+  LastSeen last_seen(int member) const;
 
   // A wait that ends when all members have come to it.
   auto barrier() {
@@ -114,7 +124,9 @@ class LocalGroup {
     alignas(64) std::atomic<std::uint64_t> num_posted;
     alignas(64) std::atomic<std::uint64_t> num_arrived;
     alignas(64) std::atomic<std::uint64_t> num_completed;
+    std::atomic<std::int64_t> posted_at_ns;
     std::atomic<std::uint32_t> has_left;
+    std::array<char, 1000> reason;
     alignas(64) std::array<Call, ring_length> calls;
   };
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mpi/mailbox.hpp"
 
+#include "mpi/library.hpp"
+
 namespace dtrain::mpi {
 namespace {
 
@@ -10,6 +12,7 @@ constexpr int message_tag = 0;
 
 void Mailbox::post(std::span<const std::byte> message, int destination) {
   const std::scoped_lock lock(mutex_);
+  require_open();
   Outgoing& outgoing = outgoing_.emplace_back();
   outgoing.message.assign(message.begin(), message.end());
   outgoing.transfer = communicator_.send(outgoing.message, destination, message_tag);
@@ -17,13 +20,24 @@ void Mailbox::post(std::span<const std::byte> message, int destination) {
 
 bool Mailbox::is_flushed() {
   const std::scoped_lock lock(mutex_);
+  require_open();
   while (!outgoing_.empty() && outgoing_.front().transfer.test()) outgoing_.pop_front();
   return outgoing_.empty();
 }
 
 std::optional<std::vector<std::byte>> Mailbox::collect() {
   const std::scoped_lock lock(mutex_);
+  require_open();
   return communicator_.receive_any(message_tag);
+}
+
+void Mailbox::close() {
+  const std::scoped_lock lock(mutex_);
+  is_closed_ = true;
+}
+
+void Mailbox::require_open() const {
+  if (is_closed_) throw Error("the engine was closed: it passes on no messages any more");
 }
 
 }  // namespace dtrain::mpi

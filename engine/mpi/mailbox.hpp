@@ -13,7 +13,7 @@
 namespace dtrain::mpi {
 
 // Short messages between any two ranks, without a receiver that waits for them. Calls may come from any thread; they
-// move messages on but never block.
+// move messages on but never block. They throw Error once it is closed, which must be before MPI is finalised.
 class Mailbox {
  public:
   // Takes over `communicator`, on which nothing else may be sent.
@@ -27,8 +27,11 @@ class Mailbox {
   bool is_flushed();
   // A message that has come, of any rank; messages of one rank come in order.
   std::optional<std::vector<std::byte>> collect();
+  void close();
 
  private:
+  void require_open() const;
+
   struct Outgoing {
     std::vector<std::byte> message;
     Transfer transfer;
@@ -36,6 +39,7 @@ class Mailbox {
 
   std::mutex mutex_;
   Communicator communicator_;
+  bool is_closed_ = false;
   std::deque<Outgoing> outgoing_;
 };
 

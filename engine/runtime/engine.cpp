@@ -5,10 +5,12 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
 
+#include "collectives/errors.hpp"
 #include "memory/futex.hpp"
 #include "mpi/library.hpp"
 
@@ -43,6 +45,13 @@ void spin(int num_spins) {
 
 constexpr int group_tag = 1;
 
+[[noreturn]] void end_without_mpi() {
+  constexpr std::chrono::seconds patience(5);
+  std::this_thread::sleep_for(patience);
+  std::fputs("distributed_trainer: MPI does not end, since operations were given up; this rank ends without it.\n", stderr);
+  _exit(1);
+}
+
 }  // namespace
 
 Engine::Engine(const EngineOptions& options)
@@ -67,6 +76,7 @@ Engine::Engine(const EngineOptions& options)
   const bool one_node = std::ranges::max(nodes) == 0;
   has_thread_ = size() > 1 && (!one_node || node_->num_cores() >= spare_cores_per_rank * num_local);
   waiter_spins_ = node_->num_cores() >= num_local ? max_waiter_spins : 0;
+  if (!one_node) control_ = std::make_shared<mpi::Mailbox>(world_.duplicate());
   if (has_thread_) {
     thread_ = std::make_unique<std::thread>([this] { run(); });
     pthread_setname_np(thread_->native_handle(), "dtrain-engine");
@@ -119,8 +129,14 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
     if (peer == rank()) local_rank = static_cast<int>(doorbells.size());
     doorbells.push_back(doorbell_of_rank_[static_cast<std::size_t>(peer)]);
   }
-  auto group = std::make_shared<Group>(communicator, std::vector(ranks.begin(), ranks.end()), std::move(node_of_rank),
-                                       LocalGroup(local_rank, std::move(blocks), std::move(doorbells)), counters_);
+  // The first rank and how many groups it was in say which group this is.
+  const std::uint64_t own_number = ++num_groups_;
+  std::vector<std::uint64_t> number_of_rank(ranks.size());
+  communicator.all_gather(std::as_bytes(std::span(&own_number, 1)), std::as_writable_bytes(std::span(number_of_rank)));
+  const std::uint64_t id = number_of_rank[0] << 32 | static_cast<std::uint64_t>(ranks[0]);
+  auto group =
+      std::make_shared<Group>(id, communicator, std::vector(ranks.begin(), ranks.end()), std::move(node_of_rank),
+                              LocalGroup(local_rank, std::move(blocks), std::move(doorbells)), counters_);
   const std::scoped_lock lock(drive_mutex_);
   groups_.push_back(group);
   return group;
@@ -151,7 +167,9 @@ void Engine::leave(Group& group) {
 std::shared_ptr<mpi::Mailbox> Engine::create_mailbox() {
   require_open();
   drain();
-  return std::make_shared<mpi::Mailbox>(world_.duplicate());
+  auto mailbox = std::make_shared<mpi::Mailbox>(world_.duplicate());
+  mailboxes_.push_back(mailbox);
+  return mailbox;
 }
 
 std::shared_ptr<const Allocation> Engine::allocate(Group& group, std::size_t num_bytes) {
@@ -187,7 +205,11 @@ std::shared_ptr<Operation> Engine::submit(Group& group, Call call, std::span<con
   {
     const std::scoped_lock lock(inbox_mutex_);
     if (is_closed_) throw std::runtime_error("the engine was closed: no collective can be called any more");
-    if (group.local().has_left()) throw std::runtime_error("this rank has closed the group: it takes part in nothing more");
+    if (group.local().has_left()) {
+      const std::string reason = group.local().reason_of(group.local().rank());
+      if (!reason.empty()) throw RankLeft("this rank has given up the group: " + reason);
+      throw std::runtime_error("this rank has closed the group: it takes part in nothing more");
+    }
     group.local().locate(buffer, call);
     operation = std::make_shared<Operation>(call, std::move(start));
     inbox_.emplace_back(&group, operation);
@@ -296,6 +318,7 @@ void Engine::run() {
     if (!is_idle && spins < thread_spins) {
       spin(++spins);
     } else {
+      answer_control();
       sleep(is_polling ? mpi_poll_interval : longest_sleep);
     }
   }
@@ -316,7 +339,10 @@ void Engine::close() {
   const std::scoped_lock lock(drive_mutex_);
   while (!groups_.empty()) leave(*groups_.front());
   own_doorbell().ring();
+  for (const auto& mailbox : mailboxes_) mailbox->close();
   if (initialized_mpi_) {
+    // MPI may wait for ever for what peers that were given up have not sent.
+    if (!abandoned_groups_.empty()) std::thread(end_without_mpi).detach();
     mpi::finalize();
   } else if (!mpi::is_finalized()) {
     for (mpi::Communicator& communicator : left_communicators_) communicator.close();

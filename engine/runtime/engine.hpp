@@ -14,7 +14,9 @@
 #include <memory>
 #include <mutex>
 #include <span>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "collectives/group.hpp"
@@ -50,6 +52,13 @@ class Engine {
   // Local, a no-op in a forked child. This rank takes part in nothing more of `group`, whose memory goes with the last
   // who holds it; its communicator is kept until the engine closes, since freeing it is collective.
   void close_group(Group& group);
+
+  // What `operation` of `group` waits for, in words, and whether this rank is the first of those that wait. Asks ranks
+  // on other nodes where they are, and gives them a second to answer. Local.
+  std::pair<std::string, bool> describe_wait(Group& group, const Operation& operation);
+  // Local. This rank takes part in nothing more of `group`; its operations fail with `reason`, and so do those of the
+  // other ranks, also what they call later.
+  void give_up(Group& group, const std::string& reason);
 
   // Collective over all ranks; blocks.
   std::shared_ptr<mpi::Mailbox> create_mailbox();
@@ -106,6 +115,7 @@ class Engine {
   bool progress();
   bool needs_polling();
   void take_inbox();
+  void answer_control();
   void leave(Group& group);
   void require_open();
   Doorbell& own_doorbell() { return *doorbell_of_rank_[static_cast<std::size_t>(rank())]; }
@@ -127,6 +137,12 @@ class Engine {
 
   std::mutex inbox_mutex_;
   std::deque<std::pair<Group*, std::shared_ptr<Operation>>> inbox_;
+
+  // Between nodes: where ranks are, and who has given up.
+  std::shared_ptr<mpi::Mailbox> control_;
+  std::chrono::steady_clock::time_point next_control_;
+  std::uint64_t num_groups_ = 0;
+  std::vector<std::shared_ptr<mpi::Mailbox>> mailboxes_;
 
   std::mutex drive_mutex_;  // held by whoever drives
   std::vector<std::shared_ptr<Group>> groups_;

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,7 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .work import Operations, Work
+from .work import Work
+
+logger = logging.getLogger("distributed_trainer")
+
+_REPORT_SECONDS = 5.0  # how long a wait may take until it is said what it is for
 
 _OPERATIONS = {
     dist.ReduceOp.SUM: "SUM",
@@ -44,6 +49,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         wire_dtype: The engine's `WireDtype` in which all_reduce sends sums of float32 between nodes, None for float32.
             Each node's sum is rounded to it, these are added in float32, and the result is rounded to it.
         timeout: How long `Work.wait` waits.
+        create_group: Makes a group of the given ranks of the job, with the given timeout. Collective over them.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         always_stage: bool = False,
         wire_dtype: Any = None,
         timeout: timedelta = dist.default_pg_timeout,
+        create_group: Callable[[Sequence[int], timedelta], ProcessGroupShmpi] | None = None,
     ) -> None:
         super().__init__(group.rank, group.size)
         self._group = group
@@ -61,6 +68,8 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         self._always_stage = always_stage
         self._wire_dtype = wire_dtype
         self._timeout = timeout
+        self._create_group = create_group
+        self._split_groups: list[ProcessGroupShmpi] = []
         self._in_flight: deque[tuple[Any, tuple[Tensor, ...]]] = deque()
         self._coalesced: list[Any] | None = None
         self._name = ""
@@ -126,6 +135,32 @@ class ProcessGroupShmpi(dist.ProcessGroup):
     def close(self) -> None:
         """Takes part in nothing more. Local; ranks of this machine that still wait for this one get an error."""
         self._group.close()
+
+    shutdown = close  # as destroy_process_group calls it
+
+    def abort(self) -> None:
+        """Fails what any rank calls in this group, now and later. Local."""
+        self._group.give_up(f"rank {self.rank()} has called abort()")
+
+    def split_group(
+        self,
+        ranks: Sequence[int],
+        timeout: timedelta | None = None,
+        opts: Any = None,
+        group_name: str | None = None,
+        *_unused: Any,
+        **_also_unused: Any,
+    ) -> ProcessGroupShmpi | None:
+        """Makes a group of some ranks of this one, None on others. Collective over them, blocks."""
+        if self._create_group is None or self.rank() not in ranks:
+            return None
+        world_ranks = self._group.world_ranks
+        group = self._create_group([world_ranks[rank] for rank in ranks], timeout or self._timeout)
+        group.setGroupName(group_name or f"{self._name}:split:{','.join(map(str, ranks))}")
+        self._split_groups.append(group)  # torch's C++ holds only the part that is not Python
+        return group
+
+    splitGroup = split_group  # by which torch's C++ calls it
 
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:
         """Reduces a tensor over all ranks, in place, to the same bits on each. Collective.
@@ -289,6 +324,25 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         """Completes once every rank has called it. Collective."""
         return self._start(self._group.barrier(), ())
 
+    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+        """Blocks until every rank has called it. Collective.
+
+        (`torch.distributed.monitored_barrier` takes gloo only: call this on the group.)
+
+        Args:
+            timeout: None for the group's.
+            wait_all_ranks: Of no effect: all missing ranks are named in any case.
+
+        Raises:
+            DistBackendError: After the timeout; it says which ranks have not come, and where they were last seen. The
+                group can't be used any more.
+        """
+        self._wait_or_give_up(self._group.barrier(), (timeout or self._timeout).total_seconds())
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Sets how long waits last from now on. Local."""
+        self._timeout = timeout
+
     def _start_coalescing(self, device: torch.device) -> None:
         self._coalesced = []
 
@@ -307,7 +361,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         while self._in_flight and self._in_flight[0][0].is_done():
             self._in_flight.popleft()
         self._in_flight.append((operation, buffers))
-        work = Work(operation, results, finish, self._wait)
+        work = Work((operation,), results, finish, self._wait)
         if self._coalesced is not None:
             self._coalesced.append(work)
         return work
@@ -318,12 +372,32 @@ class ProcessGroupShmpi(dist.ProcessGroup):
                 if work._finish is not None:
                     work._finish()
 
-        return Work(Operations([work._operation for work in works]), results, finish, self._wait)
+        return Work(_operations_of(works), results, finish, self._wait)
 
     def _wait(self, operation: Any, timeout_seconds: float | None) -> None:
-        seconds = self._timeout.total_seconds() if timeout_seconds is None else timeout_seconds
-        if not operation.wait(seconds):
-            raise dist.DistBackendError(f"the collective did not end within {seconds} s")
+        if timeout_seconds is not None:  # the caller's, who may wait again
+            if not operation.wait(timeout_seconds):
+                text, _ = self._group.describe_wait(operation)
+                raise dist.DistBackendError(f"after {timeout_seconds:g} s {text}")
+            return
+        self._wait_or_give_up(operation, self._timeout.total_seconds())
+
+    def _wait_or_give_up(self, operation: Any, limit: float) -> None:
+        if operation.wait(min(limit, _REPORT_SECONDS)):
+            return
+        if limit > _REPORT_SECONDS:
+            text, is_first = self._group.describe_wait(operation)
+            if is_first:
+                logger.warning(f"for {_REPORT_SECONDS:g} s {text}. It goes on waiting, up to {limit:g} s in all.")
+            if operation.wait(limit - _REPORT_SECONDS):
+                return
+        text, _ = self._group.describe_wait(operation)
+        if operation.is_done():  # or given up by another rank meanwhile
+            operation.wait(0)
+            return
+        text += f". The timeout of {limit:g} s is over: this group can't be used any more"
+        self._group.give_up(text)
+        raise dist.DistBackendError(text)
 
     def _reduce_scatter(self, output: Tensor, inputs: Any, op: Any) -> Work:
         target = self._output(torch.view_as_real(output) if output.is_complex() else output)
@@ -347,7 +421,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
             total = torch.sparse_coo_tensor(torch.cat(indices).t(), torch.cat(values), tensor.shape)
             tensor.copy_(total.coalesce())
 
-        return Work(Operations([work._operation for work in works]), (tensor,), add, self._wait)
+        return Work(_operations_of(works), (tensor,), add, self._wait)
 
     def _input(self, tensor: Tensor) -> Tensor:
         """A contiguous tensor on the host that holds what this one does."""
@@ -402,6 +476,10 @@ class ProcessGroupShmpi(dist.ProcessGroup):
                     one()
 
         return copy if any(copies) else None
+
+
+def _operations_of(works: Sequence[Work]) -> list[Any]:
+    return [operation for work in works for operation in work._operations]
 
 
 def _reduce_op(opts: Any) -> Any:

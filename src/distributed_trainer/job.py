@@ -79,15 +79,18 @@ class Job:
             timeout: How long a wait for an operation of the group lasts.
         """
         wire = None if wire_dtype is None else getattr(self.module.WireDtype, wire_dtype)
+        options = {
+            "wire_dtype": wire,
+            "timeout": timeout,
+            "create_group": lambda members, limit: self.create_group(members, wire_dtype, limit),
+        }
         group = self.engine.create_group(list(range(self.engine.size) if ranks is None else ranks))
         inner_device = "cuda" if self.device.type == "cuda" and dist.is_nccl_available() else None
         if inner_device is not None:
             store = dist.PrefixStore(f"inner/{next(self._group_numbers)}/{ranks}", self.store)
             make_inner = functools.partial(_make_nccl, store, group.rank, group.size)
-            return ProcessGroupShmpiWithInner(
-                group, self.module.ReduceOp, inner_device, make_inner, wire_dtype=wire, timeout=timeout
-            )
-        return ProcessGroupShmpi(group, self.module.ReduceOp, wire_dtype=wire, timeout=timeout)
+            return ProcessGroupShmpiWithInner(group, self.module.ReduceOp, inner_device, make_inner, **options)
+        return ProcessGroupShmpi(group, self.module.ReduceOp, **options)
 
 
 _jobs: list[Job] = []  # the first initialised MPI, unless the script did

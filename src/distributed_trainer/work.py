@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -21,21 +22,21 @@ class Work(dist.Work):
     """An operation in flight.
 
     Args:
-        operation: The engine's, or several by way of `Operations`.
+        operations: The engine's.
         results: The caller's tensors, which hold the result when it is done.
         finish: Called once when it is done: puts the result into the caller's tensors if it is not there.
-        wait: Waits for the operation up to the given number of seconds, None for the group's timeout.
+        wait: Waits for an operation up to the given number of seconds, None for the group's timeout.
     """
 
     def __init__(
         self,
-        operation: Any,
+        operations: Sequence[Any],
         results: Sequence[Tensor],
         finish: Callable[[], None] | None,
         wait: Callable[[Any, float | None], None],
     ) -> None:
         super().__init__()
-        self._operation = operation
+        self._operations = operations
         self._results = results
         self._finish = finish
         self._wait = wait
@@ -52,7 +53,9 @@ class Work(dist.Work):
             DistributedTrainerError: A rank has left or closed the group, or MPI reports an error.
             DistBackendError: The time is over.
         """
-        self._wait(self._operation, timeout.total_seconds() if timeout else None)
+        seconds = timeout.total_seconds() if timeout else None
+        for operation in self._operations:
+            self._wait(operation, seconds)
         if self._finish is not None:
             with _finishing:
                 finish, self._finish = self._finish, None
@@ -62,7 +65,7 @@ class Work(dist.Work):
 
     def is_completed(self) -> bool:
         """Whether `wait` would return, or raise, at once. Local."""
-        return self._operation.is_done()
+        return all([operation.is_done() for operation in self._operations])
 
     def is_success(self) -> bool:
         """Whether the operation is done and has not failed. Local."""
@@ -88,7 +91,7 @@ class Work(dist.Work):
     def source_rank(self) -> int:
         """Of a receive: the rank of the group that sent. Waits."""
         self.wait()
-        return self._operation.source
+        return self._operations[0].source
 
     _source_rank = source_rank
 
@@ -101,21 +104,6 @@ class Work(dist.Work):
 
 
 _finishing = threading.Lock()
-
-
-class Operations:
-    """Several operations of the engine as one."""
-
-    def __init__(self, operations: Sequence[Any]) -> None:
-        self._operations = list(operations)
-
-    def wait(self, timeout_seconds: float | None = None) -> bool:
-        """Waits for all, each at most so long."""
-        return all([operation.wait(timeout_seconds) for operation in self._operations])
-
-    def is_done(self) -> bool:
-        """Whether all are."""
-        return all([operation.is_done() for operation in self._operations])
 
 
 class _Futures:
@@ -140,10 +128,9 @@ class _Futures:
                 pending.append(self._added.get())
             while not self._added.empty():
                 pending.append(self._added.get())
-            try:
-                pending[0][0]._operation.wait(_WAIT_SECONDS)
-            except Exception:
-                pass  # found again below
+            with contextlib.suppress(Exception):  # it is found again below
+                for operation in pending[0][0]._operations:
+                    operation.wait(_WAIT_SECONDS)
             waiting = []
             for work, future in pending:
                 if not work.is_completed():
