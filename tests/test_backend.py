@@ -361,7 +361,8 @@ def test_timeout(world):
     tensor = torch.ones(1)
     if world.rank == 0:
         work = group.allreduce([tensor])
-        with pytest.raises(dist.DistBackendError, match=re.escape("after 0.2 s rank 0 waits in all_reduce(sum, 1 float32)")):
+        text = re.escape("after 0.2 s rank 0 waits in all_reduce(sum, 1 float32)")
+        with pytest.raises(dist.DistBackendError, match=text):
             work.wait(timedelta(seconds=0.2))
         assert not work.is_completed()
     world.comm.Barrier()

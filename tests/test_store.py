@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
-from distributed_trainer import create_distributed_trainer
+from distributed_trainer import LaunchError, create_distributed_trainer
 from distributed_trainer import job as jobs
 from distributed_trainer.inner import ProcessGroupShmpiWithInner
 from distributed_trainer.store import MPIStore
@@ -120,3 +120,37 @@ def test_init_process_group(world):
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["short", "rank and size", "store"])
+@some_ranks
+def test_ways_to_start(world, how, tmp_path):
+    """Without an init_method, and with what need not be given."""
+    place = {"rank": world.rank, "world_size": world.size}
+    path = world.comm.bcast(str(tmp_path / "store"))
+    ways = {
+        "short": {},
+        "rank and size": place,
+        "store": {"store": dist.FileStore(path, world.size), **place},
+    }
+    dist.init_process_group("shmpi", **ways[how])
+    try:
+        assert (dist.get_rank(), dist.get_world_size()) == (world.rank, world.size)
+        tensor = torch.ones(1)
+        dist.all_reduce(tensor)
+        assert tensor.item() == world.size
+    finally:
+        dist.destroy_process_group()
+
+
+@some_ranks
+def test_wrong_starts(world):
+    """Another place than MPI's, and a mixture with other backends, are refused with the right way."""
+    with pytest.raises(LaunchError, match=rf"given rank 0 of 9, but MPI says rank {world.rank} of {world.size}\."):
+        dist.init_process_group("shmpi", rank=0, world_size=9)
+    place = {"store": dist.HashStore(), "rank": world.size, "world_size": world.size + 1}
+    with pytest.raises(LaunchError, match=rf"given rank {world.size} of {world.size + 1}, but MPI says"):
+        dist.init_process_group("shmpi", **place)
+    with pytest.raises(ValueError, match=r'mixes shmpi with others. Pass backend="shmpi"'):
+        dist.init_process_group("cpu:shmpi,cuda:gloo", init_method="mpi://")
+    assert not dist.is_initialized()

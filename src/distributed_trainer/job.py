@@ -9,10 +9,12 @@ import functools
 import itertools
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import torch
 import torch.distributed as dist
@@ -175,19 +177,51 @@ def _make_nccl(store: dist.Store, rank: int, size: int) -> Any:
 
 def _create_backend(options: Any, _backend_options: Any) -> ProcessGroupShmpi:
     """Makes a group for torch.distributed's init_process_group and new_group."""
-    return start(None, None).create_group(options.global_ranks_in_group or None, timeout=options.timeout)
+    # torch does not tell a backend of the others, and would let this one, a Python class, replace them unsaid.
+    config = sys._getframe(1).f_locals.get("backend_config")
+    if config is not None and set(config.get_device_backend_map().values()) != {"shmpi"}:
+        raise ValueError(
+            f'the backend "{config}" mixes shmpi with others. Pass backend="shmpi": it serves the CPU, and hands the '
+            f"tensors of GPUs to NCCL where torch has it."
+        )
+    job = start(None, None)
+    if not options.global_ranks_in_group:
+        _check_place(job, options.group_rank, options.group_size)
+    return job.create_group(options.global_ranks_in_group or None, timeout=options.timeout)
 
 
-def _rendezvous(_url: str, **_options: Any) -> Iterator[tuple[dist.Store, int, int]]:
+def _check_place(job: Job, rank: int, world_size: int) -> None:
+    if (rank, world_size) != (job.rank, job.engine.size):
+        raise LaunchError(
+            f"init_process_group was given rank {rank} of {world_size}, but MPI says rank {job.rank} of "
+            f"{job.engine.size}. Leave both away: MPI knows them."
+        )
+
+
+def _rendezvous(url: str, **_options: Any) -> Iterator[tuple[dist.Store, int, int]]:
     """`init_method="mpi://"`: MPI knows rank, size and how to reach the others."""
     job = start(None, None)
+    given = parse_qs(urlsplit(url).query)
+    _check_place(job, int(given.get("rank", [job.rank])[0]), int(given.get("world_size", [job.engine.size])[0]))
     yield job.store, job.rank, job.engine.size
 
 
 def register() -> None:
-    """Makes `shmpi` a backend, and `mpi://` an init_method, of torch.distributed. Local; starts nothing."""
+    """Makes `shmpi` a backend, and `mpi://` an init_method, of torch.distributed. Local; starts nothing.
+
+    `mpi://` also takes the place of the default `env://` in a process that an MPI launcher has started and for which
+    RANK is not set: there torch could only fail.
+    """
     dist.Backend.register_backend("shmpi", _create_backend, extended_api=True, devices=["cpu", "cuda"])
     dist.register_rendezvous_handler("mpi", _rendezvous)
+    handlers = sys.modules["torch.distributed.rendezvous"]._rendezvous_handlers  # the name is a function too
+    from_environment = handlers["env"]
+
+    def env_or_mpi(url: str, **options: Any) -> Iterator[tuple[dist.Store, int, int]]:
+        is_by_mpi = "RANK" not in os.environ and launch.find_launcher(os.environ) is not None
+        return (_rendezvous if is_by_mpi else from_environment)(url, **options)
+
+    handlers["env"] = env_or_mpi
 
 
 def _summary(module: Any, nodes: list[int], device: torch.device, threads: str) -> str:
