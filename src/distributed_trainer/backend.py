@@ -402,7 +402,8 @@ class ProcessGroupShmpi(dist.ProcessGroup):
     def _reduce_scatter(self, output: Tensor, inputs: Any, op: Any) -> Work:
         target = self._output(torch.view_as_real(output) if output.is_complex() else output)
         operation = self._group.reduce_scatter(inputs, target, op)
-        return self._start(operation, (*inputs, target), self._copy_back(output, target), (output,))
+        sources = inputs if isinstance(inputs, list) else (inputs,)
+        return self._start(operation, (*sources, target), self._copy_back(output, target), (output,))
 
     def _reduce_sparse(self, tensor: Tensor, opts: Any) -> Work:
         op = _reduce_op(opts)
