@@ -3,8 +3,15 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
+
+#include "collectives/messages.hpp"
+#include "collectives/parts.hpp"
 
 namespace dtrain {
+
+// Up to here it pays that MPI sends each piece at once; longer ones it cuts itself.
+static constexpr std::size_t longest_in_pieces = std::size_t{1} << 20;
 
 Task broadcast(Group& group, std::span<std::byte> buffer, int root) {
   if (group.size() == 1 || buffer.empty()) co_return;
@@ -19,8 +26,10 @@ Task broadcast(Group& group, std::span<std::byte> buffer, int root) {
       co_await filled;
       if (group.rank() != root) std::memcpy(work.data(), place, work.size());
     } else {
-      mpi::Transfer transfer = group.broadcast(work, root);
-      auto arrived = Until([&transfer] { return transfer.test(); });
+      std::vector<mpi::Transfer> transfers;
+      const std::size_t piece = work.size() <= longest_in_pieces ? message_bytes : work.size();
+      for (std::size_t i = 0; i < work.size(); i += piece) transfers.push_back(group.broadcast(window(work, i, piece), root));
+      auto arrived = Until([&transfers] { return mpi::test_all(transfers); });
       co_await arrived;
     }
   }

@@ -68,7 +68,9 @@ Task exchange(Group& group, std::vector<std::span<const std::byte>> sends, std::
   const std::vector<std::uint64_t> row = Lengths::row(sends, receives);
   const auto row_bytes = std::as_bytes(std::span(row));
   std::vector<std::uint64_t> rows(row.size() * size);
-  if (one_node) {
+  if (group.has_even_parts()) {
+    rows.assign(rows.size(), sends[own].size());
+  } else if (one_node) {
     const std::vector<std::byte*> scratch = group.local().next_scratch();
     std::memcpy(scratch[own], row_bytes.data(), row_bytes.size());
     auto filled = group.local().barrier();

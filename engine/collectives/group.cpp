@@ -55,11 +55,6 @@ mpi::Transfer Group::gather_to_all(std::span<const std::byte> mine, std::span<st
   return communicator_.gather_to_all(mine, all);
 }
 
-mpi::Transfer Group::barrier() const {
-  ++counters_->mpi_collectives;
-  return communicator_.barrier();
-}
-
 std::span<std::byte> Group::staging(std::size_t num_bytes) {
   if (staging_.size() < num_bytes) staging_.resize(num_bytes);
   return staging_;
@@ -173,6 +168,14 @@ void Group::check_calls() const {
                    first.description() + ", rank " + std::to_string(member) + " calls " + other.description() +
                    ". Call the same collectives in the same order on every rank");
   }
+}
+
+bool Group::has_even_parts() const {
+  const std::uint64_t even_bytes = call_of(0).even_bytes;
+  for (int member = 1; member < size(); ++member) {
+    if (call_of(member).even_bytes != even_bytes) return false;
+  }
+  return even_bytes != 0;
 }
 
 std::vector<std::byte*> Group::shared_buffers() const {

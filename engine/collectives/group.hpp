@@ -94,7 +94,6 @@ class Group {
   mpi::Transfer receive(std::span<std::byte> bytes, int source, int tag) const;
   mpi::Transfer broadcast(std::span<std::byte> bytes, int root) const;
   mpi::Transfer gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const;
-  mpi::Transfer barrier() const;
 
   // Memory for the operation that runs now, of at least `num_bytes` and any content. It is kept for the next one, since
   // fresh memory costs more than what is done in it.
@@ -106,6 +105,9 @@ class Group {
   // The buffer of the operation that runs now on every rank of this node, if on all ranks of the group it lies in the
   // same memory that they allocated together; else empty.
   std::vector<std::byte*> shared_buffers() const;
+
+  // Whether all ranks' all_to_all that runs now has parts of one length.
+  bool has_even_parts() const;
 
   // Does what can be done without waiting; returns whether that was anything.
   bool progress();

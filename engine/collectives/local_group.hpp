@@ -33,8 +33,11 @@ struct Call {
   std::int32_t root = 0;  // or peer
   std::uint64_t count = 0;
   std::uint64_t parts = 0;  // where ranks contribute parts of different lengths: a hash of these, and count is their sum
+  // Of all_to_all: 1 + the bytes of each part where this rank's parts are all of one length, else 0. This and what
+  // follows may differ between members.
+  std::uint64_t even_bytes = 0;
   // Where the buffer lies in memory that the members allocated together (number of the allocation, from 1, and offset
-  // in bytes), or 0 and 0. These may differ between members.
+  // in bytes), or 0 and 0.
   std::uint64_t allocation = 0;
   std::uint64_t offset_bytes = 0;
 

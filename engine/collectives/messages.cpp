@@ -2,6 +2,9 @@
 #include "collectives/messages.hpp"
 
 #include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
 #include <string>
 
 #include "collectives/errors.hpp"
@@ -24,33 +27,78 @@ void send_pieces(const Group& group, std::span<const std::byte> bytes, int desti
   }
 }
 
+namespace {
+
+// Goes before a message that is longer than message_bytes, so that the receiver may cut it as the sender does.
+struct Header {
+  std::array<std::uint64_t, 2> mark;
+  std::uint64_t num_bytes;
+};
+constexpr std::array<std::uint64_t, 2> header_mark{0x6d8f3b1c92e45a07U, 0xb15c0e7a43d9f286U};
+
+// Enough to keep the network busy; more would wait in the receiver's memory for where they belong.
+constexpr std::size_t pieces_under_way = 16;
+
+// In a node MPI copies large messages at once; between nodes it moves short ones better.
+std::size_t piece_bytes(const Group& group, int peer) {
+  const std::vector<int>& neighbours = group.ranks_of_node(group.node());
+  return std::ranges::binary_search(neighbours, peer) ? mpi::max_transfer_bytes : message_bytes;
+}
+
+}  // namespace
+
 Task send(Group& group, std::span<const std::byte> bytes, int destination, int tag) {
-  std::size_t start = 0;
-  do {  // an empty tensor is a message too
-    mpi::Transfer transfer =
-        group.send(window(bytes, start, mpi::max_transfer_bytes), destination, first_user_tag + tag);
-    auto sent = Until([&transfer] { return transfer.test(); });
-    co_await sent;
-    start += mpi::max_transfer_bytes;
-  } while (start < bytes.size());
+  const Header header{header_mark, bytes.size()};
+  std::vector<mpi::Transfer> transfers;
+  if (bytes.size() <= message_bytes) {
+    transfers.push_back(group.send(bytes, destination, first_user_tag + tag));
+  } else {
+    transfers.push_back(group.send(std::as_bytes(std::span(&header, 1)), destination, first_user_tag + tag));
+    const std::size_t step = piece_bytes(group, destination);
+    for (std::size_t start = 0; start < bytes.size(); start += step) {
+      transfers.push_back(group.send(window(bytes, start, step), destination, first_user_tag + tag));
+      const std::size_t count = transfers.size();
+      auto has_room = Until([&] { return count < pieces_under_way || transfers[count - pieces_under_way].test(); });
+      co_await has_room;
+    }
+  }
+  auto sent = Until([&transfers] { return mpi::test_all(transfers); });
+  co_await sent;
 }
 
 Task receive(Group& group, std::span<std::byte> bytes, int source, int tag, Operation& operation) {
-  std::size_t start = 0;
-  do {
-    const auto piece = window(bytes, start, mpi::max_transfer_bytes);
-    mpi::Transfer transfer = group.receive(piece, source, first_user_tag + tag);
-    auto arrived = Until([&transfer] { return transfer.test(); });
-    co_await arrived;
-    source = transfer.source();  // the rest is of the same rank
-    if (transfer.num_bytes() != piece.size()) {
-      throw Mismatch("rank " + std::to_string(group.rank()) + " receives " + std::to_string(bytes.size()) +
-                     " bytes with tag " + std::to_string(tag) + ", but rank " + std::to_string(source) + " sent " +
-                     std::to_string(start + transfer.num_bytes()) + ". Make both tensors the same size");
+  const auto refuse = [&](const std::string& what) {
+    throw Mismatch("rank " + std::to_string(group.rank()) + " receives " + std::to_string(bytes.size()) +
+                   " bytes with tag " + std::to_string(tag) + ", but " + what + ". Make both tensors the same size");
+  };
+  mpi::Transfer first = group.receive(window(bytes, 0, message_bytes), source, first_user_tag + tag);
+  auto arrived = Until([&] {
+    try {
+      return first.test();
+    } catch (const mpi::Error& error) {  // the message is too long
+      refuse(error.what());
+      return true;
     }
-    start += mpi::max_transfer_bytes;
-  } while (start < bytes.size());
-  operation.set_source(source);
+  });
+  co_await arrived;
+  const int from = first.source();
+  Header header{};
+  if (first.num_bytes() == sizeof(header)) std::memcpy(&header, bytes.data(), sizeof(header));
+  const bool is_long = header.mark == header_mark;
+  const std::size_t num_bytes = is_long ? header.num_bytes : first.num_bytes();
+  if (num_bytes != bytes.size()) {
+    refuse("rank " + std::to_string(from) + " sent " + std::to_string(num_bytes));
+  }
+  if (is_long) {
+    std::vector<mpi::Transfer> transfers;
+    const std::size_t step = piece_bytes(group, from);
+    for (std::size_t start = 0; start < bytes.size(); start += step) {
+      transfers.push_back(group.receive(window(bytes, start, step), from, first_user_tag + tag));
+    }
+    auto all_arrived = Until([&transfers] { return mpi::test_all(transfers); });
+    co_await all_arrived;
+  }
+  operation.set_source(from);
 }
 
 }  // namespace dtrain

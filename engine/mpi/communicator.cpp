@@ -125,12 +125,6 @@ Transfer Communicator::gather_to_all(std::span<const std::byte> mine, std::span<
   return Transfer(request);
 }
 
-Transfer Communicator::barrier() const {
-  MPI_Request request = MPI_REQUEST_NULL;
-  check(MPI_Ibarrier(handle_, &request), "MPI_Ibarrier");
-  return Transfer(request);
-}
-
 void Communicator::close() {
   if (handle_ != MPI_COMM_NULL) check(MPI_Comm_free(&handle_), "MPI_Comm_free");
 }

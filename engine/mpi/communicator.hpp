@@ -66,7 +66,6 @@ class Communicator {
   std::optional<std::vector<std::byte>> receive_any(int tag) const;
   Transfer broadcast(std::span<std::byte> bytes, int root) const;
   Transfer gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const;
-  Transfer barrier() const;
 
   // Collective: frees the communicator.
   void close();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The collectives and messages that an engine offers: what each is called with is checked here, as far as one rank can,
 // and put into the words by which ranks compare what they call.
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -139,7 +140,11 @@ std::shared_ptr<Operation> Engine::all_to_all(Group& group, std::vector<std::spa
                                 std::to_string(receives.size()) + " outputs for " + std::to_string(size) + " ranks");
   }
   check_parts("all_to_all", "outputs", receives, sends[static_cast<std::size_t>(group.rank())], group);
-  const Call call{.collective = Collective::all_to_all, .dtype = dtype};
+  Call call{.collective = Collective::all_to_all, .dtype = dtype};
+  const auto is_even = [&](const auto part) { return part.size() == sends[0].size(); };
+  if (std::ranges::all_of(sends, is_even) && std::ranges::all_of(receives, is_even)) {
+    call.even_bytes = sends[0].size() + 1;
+  }
   return submit(group, call, {}, [&group, sends = std::move(sends), receives = std::move(receives), dtype](Operation&) {
     return dtrain::exchange(group, sends, receives, element_bytes(dtype));
   });

@@ -235,11 +235,13 @@ void Engine::take_inbox() {
 }
 
 bool Engine::progress() {
-  const std::scoped_lock lock(drive_mutex_);
+  std::unique_lock lock(drive_mutex_, std::defer_lock);
+  if (!has_thread_) lock.lock();
+  else if (!lock.try_lock()) return false;  // somebody else does it now
   take_inbox();
   bool advanced = false;
   for (const auto& group : groups_) advanced = group->progress() || advanced;
-  // Without an engine thread, another thread of this process may sleep until its operation is done.
+  // Another thread of this process may sleep until its operation is done.
   if (advanced && !has_thread_) own_doorbell().ring();
   return advanced;
 }
@@ -257,7 +259,8 @@ bool Engine::wait(Operation& operation, microseconds timeout) {
   const auto deadline = steady_clock::now() + timeout;
   int spins = 0;
   while (!operation.is_done()) {
-    if (!has_thread_ && progress()) {
+    // With an engine thread too: it may be asleep, and to wake it takes longer than a small operation.
+    if (progress()) {
       spins = 0;
     } else if (spins < waiter_spins_) {
       spin(++spins);

@@ -2,8 +2,8 @@
 // What drives the collectives of this process.
 //
 // On one node without a spare core, whoever waits does the work: a thread more would only take turns with the one that
-// waits. With cores to spare, or where MPI must be called while nobody waits, one engine thread does it, and then makes
-// all MPI calls but those of start and end. Waiting spins briefly and then sleeps, since ranks may outnumber cores.
+// waits. With cores to spare, or where MPI must be called while nobody waits, there is an engine thread, and who waits
+// helps it: to wake it takes longer than a small operation. One thread at a time drives, and makes MPI calls. Waiting spins briefly and then sleeps, since ranks may outnumber cores.
 #pragma once
 
 #include <atomic>

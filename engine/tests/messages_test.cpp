@@ -67,7 +67,21 @@ const Test lengths("messages: a length that does not fit is an error, and the gr
       expect_throws<Mismatch>([&] { finish(ranks.engine, operation); },
                               "rank 1 receives 100 bytes with tag 0, but rank 0 sent 8");
     }
-    finish(ranks.engine, ranks.engine.barrier(*group));
+    for (const auto& [sent, expected] : {std::pair{24, 200000}, {50, 24}}) {
+      Bytes message(static_cast<std::size_t>(group->rank() == 0 ? sent : expected));
+      if (group->rank() == 0) {
+        ranks.engine.send(*group, message, 1, 1, DataType::uint8);
+        finish(ranks.engine, ranks.engine.barrier(*group));
+      } else {
+        if (group->rank() == 1) {
+          const auto operation = ranks.engine.receive(*group, message, 0, 1, DataType::uint8);
+          const std::string what = sent > expected ? "" : "rank 0 sent " + std::to_string(sent);  // MPI's words
+          expect_throws<Mismatch>([&] { finish(ranks.engine, operation); },
+                                  "receives " + std::to_string(expected) + " bytes with tag 1, but " + what);
+        }
+        finish(ranks.engine, ranks.engine.barrier(*group));
+      }
+    }
     expect_throws<std::invalid_argument>(
         [&] { ranks.engine.send(*group, bytes, group->size(), 0, DataType::uint8); }, "destination is");
     expect_throws<std::invalid_argument>([&] { ranks.engine.receive(*group, bytes, 0, -1, DataType::uint8); },
