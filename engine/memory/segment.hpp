@@ -47,7 +47,8 @@ class Mapping {
 };
 
 // A memfd of `num_bytes` zeros, all of them allocated now (writing to a file that the system can't back is a SIGBUS),
-// closed on exec, readable by this user alone and sealed against shrinking. Throws std::system_error.
+// closed on exec, readable by this user alone and sealed against shrinking. In large pages where the system gives them,
+// but for what does not fill one. Throws std::system_error.
 Descriptor create_memory(std::size_t num_bytes);
 
 // Descriptor `fd` of process `pid`, opened for this process; none where the system does not allow it.

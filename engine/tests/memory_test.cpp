@@ -11,7 +11,10 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <fstream>
+#include <iterator>
 #include <memory>
+#include <string>
 #include <system_error>
 #include <utility>
 
@@ -80,6 +83,24 @@ const Test interrupted("memory: a signal does not stop an allocation", Runs::alo
       getitimer(ITIMER_PROF, &left);
     }
   }
+});
+
+const Test large_pages("memory: large pages where the system gives them to whoever asks", Runs::alone, [] {
+  std::ifstream setting("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
+  const std::string words(std::istreambuf_iterator<char>(setting), {});
+  if (words.find("[advise]") == std::string::npos) return skip("shmem_enabled is not advise");
+  constexpr std::size_t num_bytes = (std::size_t{64} << 20) + 1;
+  const Descriptor fd = create_memory(num_bytes);
+  struct stat status{};
+  expect(fstat(fd.get(), &status) == 0 && status.st_blocks * 512 == 64 * 1048576 + page_bytes, "no more than asked for");
+  const Mapping mapping(fd, num_bytes);
+  std::ranges::fill(mapping.bytes(), std::byte{1});
+  std::ifstream pages("/proc/self/smaps_rollup");
+  std::size_t large_kib = 0;
+  for (std::string word; pages >> word;) {
+    if (word == "ShmemPmdMapped:") pages >> large_kib;
+  }
+  expect(large_kib > 0, "some at least");  // the system may lack free ones
 });
 
 const Test moving("memory: a mapping moves, and is unmapped once", Runs::alone, [] {
