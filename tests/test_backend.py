@@ -426,6 +426,24 @@ def test_fork(world):
     assert not [fd for fd in os.listdir("/proc/self/fd") if is_inherited_memory(fd)]
 
 
+@on_ranks(3, 4)
+def test_domains(world):
+    """Ranks on two NUMA nodes, pretended: each sums its own first, in place and in ordinary memory."""
+    from distributed_trainer import job
+
+    started = job.start(None, None)
+    engine = started.module.Engine(numa_node=world.rank // 2)
+    group = ProcessGroupShmpi(engine.create_group(list(range(world.size))), started.module.ReduceOp)
+    data = [torch.randn(100_003, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(world.size)]
+    ordinary, in_place = data[world.rank].clone(), group.allocate(2 * 100_003).view(torch.bfloat16)
+    in_place.copy_(ordinary)
+    for tensor in (ordinary, in_place):
+        group.allreduce([tensor]).wait()
+        assert torch.equal(tensor, data[0] + data[1] + sum(data[3:], data[2]))  # each rounded to bfloat16
+        assert not torch.equal(tensor, sum(tensor.float() for tensor in data).bfloat16())
+    engine.close()
+
+
 def is_inherited_memory(fd):
     try:
         target = os.readlink(f"/proc/self/fd/{fd}")

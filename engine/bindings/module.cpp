@@ -85,11 +85,12 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
   nb::class_<Engine>(m, "Engine")
       .def(
           "__init__",
-          [](Engine* self, std::uintptr_t communicator_address, int max_ranks_per_node) {
+          [](Engine* self, std::uintptr_t communicator_address, int max_ranks_per_node, std::optional<int> numa_node) {
             const nb::gil_scoped_release release;
-            new (self) Engine({communicator_address, max_ranks_per_node});
+            new (self) Engine({communicator_address, max_ranks_per_node, numa_node});
           },
           nb::arg("communicator_address") = 0, nb::arg("max_ranks_per_node") = 0,
+          nb::arg("numa_node") = nb::none(),
           "Initialises MPI unless that was done. Collective over the communicator, blocks.")
       .def_prop_ro("rank", &Engine::rank)
       .def_prop_ro("size", &Engine::size)

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "collectives/all_reduce_domains.hpp"
 #include "collectives/all_reduce_nodes.hpp"
 #include "collectives/parts.hpp"
 
@@ -51,7 +52,8 @@ Task reduce_through_scratch(Group& group, std::span<std::byte> buffer, Reduction
       sources.push_back(rank == own ? carried.data() : in_scratch(rank, carried));
     }
     const std::array<std::byte*, 2> destinations{carried.data(), in_scratch(own, carried)};
-    reduce(sources, destinations, carried.size() / element_bytes(reduction.dtype), reduction);
+    reduce_by_domains(local.domains(), sources, destinations, carried.size() / element_bytes(reduction.dtype),
+                      reduction);
     auto reduced = local.barrier();
     co_await reduced;
 
@@ -72,6 +74,7 @@ Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction) 
   if (reduction.op == ReduceOp::average) reduction.scale = 1.0 / group.size();
   std::vector<std::byte*> shared = group.shared_buffers();
   if (shared.empty()) return reduce_through_scratch(group, buffer, reduction);
+  if (!group.local().domains().empty()) return all_reduce_domains(group, buffer, std::move(shared), reduction);
   return reduce_in_place(group, buffer, std::move(shared), reduction);
 }
 

@@ -13,9 +13,10 @@ namespace dtrain {
 //
 // 1. Each rank's data is where its node can read it: in place if all allocated the buffer together, else copied piece
 //    by piece into the scratch memory of the group.
-// 2. It is cut into a slice for each rank, its carrier, which reduces it over all ranks, in their order.
+// 2. It is cut into a slice for each rank, its carrier, which reduces it over all ranks, in their order; where ranks
+//    are in several domains (domains.hpp), each reduces its own part first.
 // 3. The result is written to all ranks' buffers by the carrier, or fetched by each rank from the scratch memory.
-// Invariant: every element is reduced by one rank in one fixed order.
+// Invariant: every element is reduced in one fixed order (of each domain, then of the domains).
 Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction);
 
 }  // namespace dtrain

@@ -157,7 +157,8 @@ void SegmentedReduction::begin(std::size_t number) {
     if (num_local > 1) {
       const auto sources = slice_places(at.places, slice, own.data());
       std::byte* const destination = slice.data();
-      reduce({sources.begin(), sources.end()}, {&destination, 1}, slice.size() / element_bytes(within_.dtype), within_);
+      reduce_by_domains(group_.local().domains(), {sources.begin(), sources.end()}, {&destination, 1},
+                        slice.size() / element_bytes(within_.dtype), within_);
     }
     auto wire = slice;
     if (is_narrow()) {

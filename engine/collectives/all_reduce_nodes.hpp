@@ -15,7 +15,7 @@ namespace dtrain {
 // into L slices; slice s belongs to local rank s mod P, its carrier, on each node. A segment goes through three stages:
 // 1. begin: each rank's data is where its node can read it: in place if all allocated the buffer together, or if no
 //    node has two ranks; else it is copied to the scratch memory. The carrier reduces its slice over the node's ranks,
-//    in their order, and sends it on its way.
+//    in their order (of each domain, then of the domains, if there are any), and sends it on its way.
 // 2. turn: what the other nodes sent is here; it is reduced in the order of the nodes and, with two hops, sent back.
 // 3. end: the result is here. The carrier writes it to all ranks' buffers, or each rank fetches it from scratch memory.
 // Several segments are under way at a time, each in another stage, so that the network need not wait for reductions.
@@ -23,7 +23,7 @@ namespace dtrain {
 // With wire_dtype, a node's partial result is rounded to it, all of them are summed in float32 in the order of the
 // nodes, and the sum is rounded to it again: also on the node that has it in float32. So the bits depend neither on who
 // carries an element nor on the route.
-// Invariant: every element is reduced in one fixed order (of each node, then of the nodes).
+// Invariant: every element is reduced in one fixed order (of each domain, of each node, then of the nodes).
 Task all_reduce_nodes(Group& group, std::span<std::byte> buffer, Reduction reduction);
 
 }  // namespace dtrain

@@ -60,8 +60,12 @@ void Doorbell::ring() {
 
 std::size_t LocalGroup::block_bytes() { return sizeof(Header) + 2 * scratch_bytes; }
 
-LocalGroup::LocalGroup(int local_rank, std::shared_ptr<const Allocation> blocks, std::vector<Doorbell*> doorbells)
-    : local_rank_(local_rank), blocks_(std::move(blocks)), doorbells_(std::move(doorbells)) {
+LocalGroup::LocalGroup(int local_rank, std::shared_ptr<const Allocation> blocks, std::vector<Doorbell*> doorbells,
+                       Domains domains)
+    : local_rank_(local_rank),
+      blocks_(std::move(blocks)),
+      doorbells_(std::move(doorbells)),
+      domains_(std::move(domains)) {
   for (const Mapping& block : *blocks_) headers_.push_back(reinterpret_cast<Header*>(block.bytes().data()));
 }
 

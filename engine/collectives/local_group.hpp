@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "collectives/domains.hpp"
 #include "collectives/task.hpp"
 #include "kernels/dtype.hpp"
 #include "memory/segment.hpp"
@@ -75,10 +76,12 @@ class LocalGroup {
   static std::size_t block_bytes();
 
   // `blocks` and `doorbells` are in the order of the members; blocks start as zeros.
-  LocalGroup(int local_rank, std::shared_ptr<const Allocation> blocks, std::vector<Doorbell*> doorbells);
+  LocalGroup(int local_rank, std::shared_ptr<const Allocation> blocks, std::vector<Doorbell*> doorbells,
+             Domains domains = {});
 
   int rank() const { return local_rank_; }
   int size() const { return static_cast<int>(headers_.size()); }
+  const Domains& domains() const { return domains_; }
 
   // Announces call number `sequence`; false where slower members have no room for it yet.
   bool post(std::uint64_t sequence, const Call& call);
@@ -141,6 +144,7 @@ class LocalGroup {
   std::shared_ptr<const Allocation> blocks_;  // shared, so that a test's threads can be the members
   std::vector<Header*> headers_;
   std::vector<Doorbell*> doorbells_;
+  Domains domains_;
   std::size_t half_ = 0;
   std::uint64_t num_allocations_ = 0;
   struct Numbered {

@@ -96,7 +96,7 @@ Task reduce_shards(Group& group, std::span<std::byte> buffer, std::vector<Block>
   const auto reduce_node = [&](std::span<const std::byte> part, std::byte* result, const Reduction& how) {
     const auto offset = part.data() - buffer.data();
     std::ranges::transform(places, sources.begin(), [offset](const std::byte* place) { return place + offset; });
-    reduce(sources, {&result, 1}, part.size() / width, how);
+    reduce_by_domains(group.local().domains(), sources, {&result, 1}, part.size() / width, how);
   };
 
   const auto own = shards_of(group, group.rank(), buffer, blocks);

@@ -25,7 +25,7 @@ struct Block {
 // in memory that the ranks allocated together, at a place that may differ. After the call, other shards of `buffer`
 // hold nothing of use, and peers may read it: it may be written again when a later all_reduce of the group is done.
 //
-// 1. The owner on each node, or the carrier, reads its node's buffers in place and adds them in the order of the ranks.
+// 1. The owner on each node, or the carrier, reads its node's buffers in place and adds them in all_reduce's order.
 // 2. With several nodes, carriers send that to the owner, which adds the nodes' sums in the order of the nodes.
 // Invariant: the same bits as all_reduce gives.
 Task reduce_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks, Reduction reduction);

@@ -29,9 +29,18 @@ struct Node::Identity {
   Nonce nonce;
   pid_t pid;
   cpu_set_t cores;
+  int numa_node;
 };
 
 namespace {
+
+std::vector<int> numbers_of(const cpu_set_t& set) {
+  std::vector<int> cores;
+  for (int core = 0; core < CPU_SETSIZE; ++core) {
+    if (CPU_ISSET(static_cast<std::size_t>(core), &set)) cores.push_back(core);
+  }
+  return cores;
+}
 
 // What an owner says of its descriptor, so that a peer can tell that it opened the right file.
 struct Announcement {
@@ -141,7 +150,21 @@ std::vector<int> find_nodes(std::span<const std::uint8_t> reaches, std::size_t s
 
 }  // namespace
 
-Node::Node(int rank, int size, const AllGather& all_gather, int max_ranks) : rank_(rank) {
+int find_numa_node(const std::vector<int>& cores, const std::filesystem::path& nodes) {
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(nodes, error)) {
+    int number = -1;
+    if (std::sscanf(entry.path().filename().c_str(), "node%d", &number) != 1 || cores.empty()) continue;
+    const auto is_here = [&](int core) {
+      return std::filesystem::exists(entry.path() / ("cpu" + std::to_string(core)), error);
+    };
+    if (std::ranges::all_of(cores, is_here)) return number;
+  }
+  return -1;
+}
+
+Node::Node(int rank, int size, const AllGather& all_gather, int max_ranks, std::optional<int> numa_node)
+    : rank_(rank) {
   Identity own{};
   const Descriptor boot_id(::open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC));
   if (!boot_id || read(boot_id.get(), own.boot_id.data(), own.boot_id.size() - 1) <= 0) {
@@ -155,6 +178,7 @@ Node::Node(int rank, int size, const AllGather& all_gather, int max_ranks) : ran
   own.pid = getpid();
   CPU_ZERO(&own.cores);
   sched_getaffinity(0, sizeof(own.cores), &own.cores);
+  own.numa_node = numa_node.value_or(find_numa_node(numbers_of(own.cores)));
 
   socket_ = Descriptor(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   const int on = 1;
@@ -197,14 +221,10 @@ Node::Node(int rank, int size, const AllGather& all_gather, int max_ranks) : ran
 Node::~Node() = default;
 
 std::vector<int> Node::cores_of(int rank) const {
-  std::vector<int> cores;
-  for (int core = 0; core < CPU_SETSIZE; ++core) {
-    if (CPU_ISSET(static_cast<std::size_t>(core), &identities_[static_cast<std::size_t>(rank)].cores)) {
-      cores.push_back(core);
-    }
-  }
-  return cores;
+  return numbers_of(identities_[static_cast<std::size_t>(rank)].cores);
 }
+
+int Node::numa_node_of(int rank) const { return identities_[static_cast<std::size_t>(rank)].numa_node; }
 
 bool Node::is_candidate(int peer) const {
   const auto own_index = static_cast<std::size_t>(rank_);

@@ -9,7 +9,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -21,12 +23,15 @@ namespace dtrain {
 // Gathers the same number of bytes from every rank, in rank order. Collective, blocks.
 using AllGather = std::function<void(std::span<const std::byte> mine, std::span<std::byte> all)>;
 
+// The NUMA node that has all of `cores`, or -1. `nodes` has a folder for each, with an entry for each of its cores.
+int find_numa_node(const std::vector<int>& cores, const std::filesystem::path& nodes = "/sys/devices/system/node");
+
 // Shares memory between the ranks of one node. Lives as long as the engine.
 class Node {
  public:
   // Collective over all ranks of `all_gather`. `max_ranks` > 0 makes nodes of at most that many consecutive ranks,
-  // so that one machine can stand for several in a test.
-  Node(int rank, int size, const AllGather& all_gather, int max_ranks);
+  // so that one machine can stand for several in a test, and `numa_node` is what numa_node_of() then says of this rank.
+  Node(int rank, int size, const AllGather& all_gather, int max_ranks, std::optional<int> numa_node = std::nullopt);
   ~Node();
   Node(const Node&) = delete;
   Node& operator=(const Node&) = delete;
@@ -39,6 +44,9 @@ class Node {
 
   // Processors that `rank`, on any node, may use.
   std::vector<int> cores_of(int rank) const;
+
+  // The NUMA node of its machine that has all of them, or -1.
+  int numa_node_of(int rank) const;
 
   // Collective over the ranks in `ranks` (numbered as in the constructor), which may be on several nodes: each
   // allocates `num_bytes`, and gets the memory of those on its own node, in the order of `ranks`.

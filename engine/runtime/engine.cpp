@@ -60,7 +60,8 @@ Engine::Engine(const EngineOptions& options)
       max_tag_(world_.max_tag()),
       owner_pid_(getpid()) {
   const AllGather all_gather = gather_over(world_);
-  node_ = std::make_unique<Node>(rank(), size(), all_gather, options.max_ranks_per_node);
+  node_ = std::make_unique<Node>(rank(), size(), all_gather, options.max_ranks_per_node,
+                                 options.numa_node);
   std::vector<int> everyone(static_cast<std::size_t>(size()));
   std::iota(everyone.begin(), everyone.end(), 0);
   doorbell_pages_ = node_->share(static_cast<std::size_t>(sysconf(_SC_PAGESIZE)), everyone, all_gather);
@@ -119,6 +120,7 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
   std::vector<int> numbers;  // nodes of the group, in the order of their lowest rank in it
   std::vector<int> node_of_rank;
   std::vector<Doorbell*> doorbells;
+  std::vector<int> numa_nodes;
   int local_rank = 0;
   for (const int peer : ranks) {
     const int node = nodes[static_cast<std::size_t>(peer)];
@@ -128,15 +130,16 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
     if (node != nodes[static_cast<std::size_t>(rank())]) continue;
     if (peer == rank()) local_rank = static_cast<int>(doorbells.size());
     doorbells.push_back(doorbell_of_rank_[static_cast<std::size_t>(peer)]);
+    numa_nodes.push_back(node_->numa_node_of(peer));
   }
+  LocalGroup local(local_rank, std::move(blocks), std::move(doorbells), find_domains(numa_nodes));
   // The first rank and how many groups it was in say which group this is.
   const std::uint64_t own_number = ++num_groups_;
   std::vector<std::uint64_t> number_of_rank(ranks.size());
   communicator.all_gather(std::as_bytes(std::span(&own_number, 1)), std::as_writable_bytes(std::span(number_of_rank)));
   const std::uint64_t id = number_of_rank[0] << 32 | static_cast<std::uint64_t>(ranks[0]);
-  auto group =
-      std::make_shared<Group>(id, communicator, std::vector(ranks.begin(), ranks.end()), std::move(node_of_rank),
-                              LocalGroup(local_rank, std::move(blocks), std::move(doorbells)), counters_);
+  auto group = std::make_shared<Group>(id, communicator, std::vector(ranks.begin(), ranks.end()),
+                                       std::move(node_of_rank), std::move(local), counters_);
   const std::scoped_lock lock(drive_mutex_);
   groups_.push_back(group);
   return group;

@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <thread>
@@ -29,6 +30,7 @@ namespace dtrain {
 struct EngineOptions {
   std::uintptr_t communicator_address = 0;  // of an MPI_Comm to duplicate; 0 for the world
   int max_ranks_per_node = 0;               // > 0: pretend nodes of so many ranks, for tests
+  std::optional<int> numa_node = std::nullopt;  // pretend that this rank's processors are this NUMA node's, for tests
 };
 
 class Engine {

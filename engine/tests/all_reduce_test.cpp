@@ -52,7 +52,7 @@ const Test types("all_reduce: every type, any count, several in flight", Runs::o
     for (const InFlight& one : all) {
       finish(layout.engine, one.operation);
       const Reduction scaled = with_scale(one.reduction.dtype, one.reduction.op, layout.group.size());
-      const Bytes wanted = reduce_by_nodes(layout.group, contributions(layout.group, scaled.dtype, one.count), scaled);
+      const Bytes wanted = reduce_by_nodes(layout, contributions(layout.group, scaled.dtype, one.count), scaled);
       expect(one.buffer == wanted, what(layout, one.reduction, one.count));
     }
   });
@@ -66,7 +66,7 @@ const Test large("all_reduce: longer than the scratch memory", Runs::on_ranks, [
       Bytes buffer = all[static_cast<std::size_t>(layout.group.rank())];
       finish(layout.engine, layout.engine.all_reduce(layout.group, buffer, {.op = op}));
       const Reduction scaled = with_scale(DataType::float32, op, layout.group.size());
-      expect(buffer == reduce_by_nodes(layout.group, all, scaled), what(layout, scaled, count));
+      expect(buffer == reduce_by_nodes(layout, all, scaled), what(layout, scaled, count));
     }
   });
 });
@@ -89,7 +89,7 @@ const Test in_place("all_reduce: in memory allocated together, at any place in i
         if (last_is_outside && is_last) buffer = outside;
         std::ranges::copy(all[static_cast<std::size_t>(group.rank())], buffer.begin());
         finish(layout.engine, layout.engine.all_reduce(group, buffer, reduction));
-        const Bytes wanted = reduce_by_nodes(group, all, reduction);
+        const Bytes wanted = reduce_by_nodes(layout, all, reduction);
         expect(std::ranges::equal(buffer, wanted), what(layout, reduction, count) + (last_is_outside ? ", mixed" : ""));
         expect(block[0] == std::byte{0}, "what lies before is left alone");
       }
@@ -97,7 +97,7 @@ const Test in_place("all_reduce: in memory allocated together, at any place in i
     layout.engine.release(group, block);
     Bytes again = contribution(group.rank(), DataType::float32, 100);
     finish(layout.engine, layout.engine.all_reduce(group, again, {}));
-    const Bytes wanted = reduce_by_nodes(group, contributions(group, DataType::float32, 100), {});
+    const Bytes wanted = reduce_by_nodes(layout, contributions(group, DataType::float32, 100), {});
     expect(again == wanted, "after release");
   });
 });
@@ -116,7 +116,7 @@ const Test segments("all_reduce: lengths around those of messages and segments",
          {message, in_place_segment, 17 * in_place_segment, scratch_segment, 4 * scratch_segment}) {
       for (const std::size_t count : {length - 1, length, length + 1}) {
         const auto all = contributions(group, DataType::float32, count);
-        const Bytes wanted = reduce_by_nodes(group, all, {});
+        const Bytes wanted = reduce_by_nodes(layout, all, {});
         Bytes ordinary = all[static_cast<std::size_t>(group.rank())];
         const auto registered = block.first(4 * count);
         std::ranges::copy(ordinary, registered.begin());
@@ -143,7 +143,7 @@ const Test wire("all_reduce: sums that cross between nodes in 16 bits", Runs::on
           Reduction reduction = with_scale(DataType::float32, op, group.size());
           if (op != ReduceOp::max) reduction.wire_dtype = wire_dtype;  // only sums are rounded
           const auto all = contributions(group, DataType::float32, count);
-          const Bytes wanted = reduce_by_nodes(group, all, reduction);
+          const Bytes wanted = reduce_by_nodes(layout, all, reduction);
           Bytes ordinary = all[static_cast<std::size_t>(group.rank())];
           const auto registered = block.first(4 * count);
           std::ranges::copy(ordinary, registered.begin());

@@ -20,29 +20,37 @@ void finish(Engine& engine, const std::shared_ptr<Operation>& operation) {
 }
 
 void for_each_layout(const std::function<void(const Layout&)>& body) {
-  const int size = mpi::Communicator::duplicate(0).size();
+  const auto world = mpi::Communicator::duplicate(0);
   struct Case {
     int max_ranks_per_node;
     std::vector<std::vector<int>> groups;
+    std::vector<int> numa_nodes = {};
   };
   std::vector<std::vector<Case>> cases(5);
   cases[1] = {{0, {{0}}}};
   cases[2] = {{0, {{0, 1}, {1, 0}}}, {1, {{0, 1}, {1}}}};
-  cases[3] = {{0, {{0, 1, 2}, {2, 0}}}, {1, {{0, 1, 2}}}, {2, {{0, 1, 2}, {2, 1, 0}, {0, 2, 1}, {1, 2}}}};
+  cases[3] = {{0, {{0, 1, 2}, {2, 0}}}, {1, {{0, 1, 2}}}, {2, {{0, 1, 2}, {2, 1, 0}, {0, 2, 1}, {1, 2}}},
+              {0, {{0, 1, 2}, {0, 2, 1}}, {0, 0, 1}}};
   cases[4] = {{0, {{0, 1, 2, 3}, {1, 3}}},
               {1, {{3, 2, 1, 0}}},
               {2, {{0, 1, 2, 3}, {0, 2, 1, 3}, {3, 0, 2}, {0, 1}}},
-              {3, {{0, 1, 2, 3}, {3, 0, 1, 2}, {0, 3}}}};
-  for (const Case& nodes : cases.at(static_cast<std::size_t>(size))) {
-    Ranks ranks(nodes.max_ranks_per_node);
+              {3, {{0, 1, 2, 3}, {3, 0, 1, 2}, {0, 3}}},
+              {0, {{0, 1, 2, 3}, {0, 2, 1, 3}}, {0, 0, 1, 1}},
+              {0, {{0, 1, 2, 3}}, {2, 0, 1, 1}},
+              {3, {{0, 2, 1, 3}}, {0, 0, 1, 1}}};
+  for (const Case& nodes : cases.at(static_cast<std::size_t>(world.size()))) {
+    const int numa_node = nodes.numa_nodes.empty() ? 0 : nodes.numa_nodes[static_cast<std::size_t>(world.rank())];
+    Ranks ranks(nodes.max_ranks_per_node, numa_node);
     for (const std::vector<int>& members : nodes.groups) {
       if (std::ranges::find(members, ranks.engine.rank()) == members.end()) continue;
       const auto group = ranks.engine.create_group(members);
       std::string name = "group";
       for (const int member : members) name.append(" ").append(std::to_string(member));
       name.append(", nodes of ").append(std::to_string(nodes.max_ranks_per_node));
+      if (!nodes.numa_nodes.empty()) name += ", NUMA nodes";
+      for (const int number : nodes.numa_nodes) name.append(" ").append(std::to_string(number));
       try {
-        body({ranks.engine, *group, name});
+        body({ranks.engine, *group, nodes.numa_nodes, name});
       } catch (const std::exception& error) {
         throw std::runtime_error(name + ": " + error.what());
       }
@@ -94,15 +102,37 @@ static Bytes through(DataType dtype, const Bytes& values) {
   return widened;
 }
 
-Bytes reduce_by_nodes(const Group& group, const std::vector<Bytes>& contributions, Reduction reduction) {
-  if (group.num_nodes() == 1) return reduce_in_order(contributions, reduction);
+// Of those of some ranks of a node.
+static Bytes reduce_by_domains(const Layout& layout, const std::vector<int>& ranks,
+                               const std::vector<Bytes>& contributions, Reduction reduction) {
+  std::vector<int> numbers;
+  std::vector<std::vector<Bytes>> domains;
+  for (const int rank : ranks) {
+    const auto world_rank = static_cast<std::size_t>(layout.group.world_ranks()[static_cast<std::size_t>(rank)]);
+    const int number = layout.numa_nodes.empty() ? 0 : layout.numa_nodes[world_rank];
+    const auto place = std::ranges::find(numbers, number) - numbers.begin();
+    if (place == static_cast<std::ptrdiff_t>(numbers.size())) {
+      numbers.push_back(number);
+      domains.emplace_back();
+    }
+    domains[static_cast<std::size_t>(place)].push_back(contributions[static_cast<std::size_t>(rank)]);
+  }
+  if (domains.size() == 1) return reduce_in_order(domains[0], reduction);
+  Reduction within = reduction;
+  within.scale = 1.0;
+  std::vector<Bytes> partials;
+  for (const auto& domain : domains) partials.push_back(reduce_in_order(domain, within));
+  return reduce_in_order(partials, reduction);
+}
+
+Bytes reduce_by_nodes(const Layout& layout, const std::vector<Bytes>& contributions, Reduction reduction) {
+  const Group& group = layout.group;
+  if (group.num_nodes() == 1) return reduce_by_domains(layout, group.ranks_of_node(0), contributions, reduction);
   Reduction within = reduction;
   within.scale = 1.0;
   std::vector<Bytes> partials;
   for (int node = 0; node < group.num_nodes(); ++node) {
-    std::vector<Bytes> of_node;
-    for (const int rank : group.ranks_of_node(node)) of_node.push_back(contributions[static_cast<std::size_t>(rank)]);
-    partials.push_back(reduce_in_order(of_node, within));
+    partials.push_back(reduce_by_domains(layout, group.ranks_of_node(node), contributions, within));
   }
   if (!reduction.wire_dtype) return reduce_in_order(partials, reduction);
   for (Bytes& partial : partials) partial = through(*reduction.wire_dtype, partial);

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -19,7 +20,8 @@ using Bytes = std::vector<std::byte>;
 
 // An engine over all ranks, closed at the end.
 struct Ranks {
-  explicit Ranks(int max_ranks_per_node = 0) : engine({.max_ranks_per_node = max_ranks_per_node}) {}
+  explicit Ranks(int max_ranks_per_node = 0, std::optional<int> numa_node = std::nullopt)
+      : engine({.max_ranks_per_node = max_ranks_per_node, .numa_node = numa_node}) {}
   ~Ranks() { engine.close(); }
   Ranks(const Ranks&) = delete;
   Ranks& operator=(const Ranks&) = delete;
@@ -36,19 +38,20 @@ void finish(Engine& engine, const std::shared_ptr<Operation>& operation);
 struct Layout {
   Engine& engine;
   Group& group;
+  std::vector<int> numa_nodes;  // pretended, of each rank of the engine; empty: all are on one
   std::string name;
 };
 
-// One node, several, uneven ones, ranks of nodes interleaved, groups of some ranks only.
+// One node, several, uneven ones, ranks of nodes interleaved, groups of some ranks only, several NUMA nodes.
 void for_each_layout(const std::function<void(const Layout&)>& body);
 
 // What rank `rank` of a group contributes: random values of `dtype`, so that an order or a rounding that is not the
 // promised one shows.
 Bytes contribution(int rank, DataType dtype, std::size_t count);
 
-// The reduction of `contributions`, one for each rank of `group`, over each node and then over the nodes; with a
-// wire_dtype rounded after both.
-Bytes reduce_by_nodes(const Group& group, const std::vector<Bytes>& contributions, Reduction reduction);
+// The reduction of `contributions`, one for each rank of the group, over each domain, each node and then the nodes; with
+// a wire_dtype rounded after the last two.
+Bytes reduce_by_nodes(const Layout& layout, const std::vector<Bytes>& contributions, Reduction reduction);
 // In the order of the ranks.
 Bytes reduce_in_order(const std::vector<Bytes>& contributions, const Reduction& reduction);
 

@@ -44,7 +44,7 @@ const Test reduces("reduce_shards: each rank gets its part of every block", Runs
           contributions.push_back(contribution(rank, dtype, buffer_bytes / width));
         }
         const Bytes& own = contributions[static_cast<std::size_t>(group.rank())];
-        Bytes wanted = reduce_by_nodes(group, contributions, with_scale(dtype, op, group.size()));
+        Bytes wanted = reduce_by_nodes(layout, contributions, with_scale(dtype, op, group.size()));
         // Two in flight, at places that differ between ranks.
         std::vector<std::span<std::byte>> buffers;
         std::vector<std::shared_ptr<Operation>> operations;
