@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .work import Work
+from .work import Work, in_callback
 
 logger = logging.getLogger("distributed_trainer")
 
@@ -50,6 +50,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
             Each node's sum is rounded to it, these are added in float32, and the result is rounded to it.
         timeout: How long `Work.wait` waits.
         create_group: Makes a group of the given ranks of the job, with the given timeout. Collective over them.
+        callback_group: The engine's group, of the same ranks, for what callbacks of futures call.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         wire_dtype: Any = None,
         timeout: timedelta = dist.default_pg_timeout,
         create_group: Callable[[Sequence[int], timedelta], ProcessGroupShmpi] | None = None,
+        callback_group: Any = None,
     ) -> None:
         super().__init__(group.rank, group.size)
-        self._group = group
+        self._main_group = group
+        self._callback_group = callback_group or group
         self._operations = operations
         self._sum = operations.SUM
         self._always_stage = always_stage
@@ -73,6 +76,14 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         self._in_flight: deque[tuple[Any, tuple[Tensor, ...]]] = deque()
         self._coalesced: list[Any] | None = None
         self._name = ""
+
+    @property
+    def _group(self) -> Any:
+        """The engine's group to call: callbacks of futures have one of their own, with a sequence of its own.
+
+        The order of a callback's calls is the same on all ranks, but where it falls among the main thread's is not.
+        """
+        return self._callback_group if in_callback() else self._main_group
 
     def getBackendName(self) -> str:  # noqa: D102
         return "shmpi"
@@ -134,7 +145,8 @@ class ProcessGroupShmpi(dist.ProcessGroup):
 
     def close(self) -> None:
         """Takes part in nothing more. Local; ranks of this machine that still wait for this one get an error."""
-        self._group.close()
+        self._main_group.close()
+        self._callback_group.close()
 
     shutdown = close  # as destroy_process_group calls it
 
@@ -307,14 +319,15 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         """Sends a tensor to a rank of the group, which receives one of the same size and tag."""
         (tensor,) = tensors
         source = self._input(tensor)
-        return self._start(self._group.send(source, destination, tag), (source,), None, tensors)
+        operation = self._group.send(source, destination, tag)
+        return self._start(operation, (source,), None, tensors, is_message=True)
 
     def recv(self, tensors: Sequence[Tensor], source: int | None, tag: int = 0) -> Work:
         """Receives a tensor that a rank of the group sends with this tag."""
         (tensor,) = tensors
         target = self._output(tensor)
         operation = self._group.receive(target, source, tag)
-        return self._start(operation, (target,), self._copy_back(tensor, target), tensors)
+        return self._start(operation, (target,), self._copy_back(tensor, target), tensors, is_message=True)
 
     def recv_anysource(self, tensors: Sequence[Tensor], tag: int = 0) -> Work:
         """The same from any rank; `Work.source_rank` tells which."""
@@ -356,12 +369,13 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         buffers: tuple[Tensor, ...],
         finish: Callable[[], None] | None = None,
         results: Sequence[Tensor] = (),
+        is_message: bool = False,
     ) -> Work:
         # The engine works on bare memory: what it works on lives until it is done, even if the caller lets go.
         while self._in_flight and self._in_flight[0][0].is_done():
             self._in_flight.popleft()
         self._in_flight.append((operation, buffers))
-        work = Work((operation,), results, finish, self._wait)
+        work = Work((operation,), results, finish, self._wait, order=None if is_message else self)
         if self._coalesced is not None:
             self._coalesced.append(work)
         return work
@@ -372,7 +386,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
                 if work._finish is not None:
                     work._finish()
 
-        return Work(_operations_of(works), results, finish, self._wait)
+        return Work(_operations_of(works), results, finish, self._wait, order=self)
 
     def _wait(self, operation: Any, timeout_seconds: float | None) -> None:
         if timeout_seconds is not None:  # the caller's, who may wait again
@@ -422,7 +436,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
             total = torch.sparse_coo_tensor(torch.cat(indices).t(), torch.cat(values), tensor.shape)
             tensor.copy_(total.coalesce())
 
-        return Work(_operations_of(works), (tensor,), add, self._wait)
+        return Work(_operations_of(works), (tensor,), add, self._wait, order=self)
 
     def _input(self, tensor: Tensor) -> Tensor:
         """A contiguous tensor on the host that holds what this one does."""

@@ -70,6 +70,7 @@ class Job:
         ranks: Sequence[int] | None = None,
         wire_dtype: str | None = None,
         timeout: timedelta = dist.default_pg_timeout,
+        for_torch: bool = False,
     ) -> ProcessGroupShmpi:
         """Makes a process group with an order of calls of its own. Collective over `ranks` (None: all), blocks.
 
@@ -79,14 +80,16 @@ class Job:
             ranks: In the order of the group.
             wire_dtype: "bfloat16" or "float16": type in which all_reduce sends sums of float32 between machines.
             timeout: How long a wait for an operation of the group lasts.
+            for_torch: Callbacks of futures may call collectives, as torch's communication hooks do.
         """
-        wire = None if wire_dtype is None else getattr(self.module.WireDtype, wire_dtype)
+        members = list(range(self.engine.size) if ranks is None else ranks)
         options = {
-            "wire_dtype": wire,
+            "wire_dtype": None if wire_dtype is None else getattr(self.module.WireDtype, wire_dtype),
             "timeout": timeout,
-            "create_group": lambda members, limit: self.create_group(members, wire_dtype, limit),
+            "create_group": lambda some, limit: self.create_group(some, wire_dtype, limit, for_torch),
+            "callback_group": self.engine.create_group(members) if for_torch else None,
         }
-        group = self.engine.create_group(list(range(self.engine.size) if ranks is None else ranks))
+        group = self.engine.create_group(members)
         inner_device = "cuda" if self.device.type == "cuda" and dist.is_nccl_available() else None
         if inner_device is not None:
             store = dist.PrefixStore(f"inner/{next(self._group_numbers)}/{ranks}", self.store)
@@ -187,7 +190,7 @@ def _create_backend(options: Any, _backend_options: Any) -> ProcessGroupShmpi:
     job = start(None, None)
     if not options.global_ranks_in_group:
         _check_place(job, options.group_rank, options.group_size)
-    return job.create_group(options.global_ranks_in_group or None, timeout=options.timeout)
+    return job.create_group(options.global_ranks_in_group or None, timeout=options.timeout, for_torch=True)
 
 
 def _check_place(job: Job, rank: int, world_size: int) -> None:

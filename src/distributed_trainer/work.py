@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -26,6 +27,7 @@ class Work(dist.Work):
         results: The caller's tensors, which hold the result when it is done.
         finish: Called once when it is done: puts the result into the caller's tensors if it is not there.
         wait: Waits for an operation up to the given number of seconds, None for the group's timeout.
+        order: Futures of works with the same one are completed in the order in which they were asked for.
     """
 
     def __init__(
@@ -34,12 +36,15 @@ class Work(dist.Work):
         results: Sequence[Tensor],
         finish: Callable[[], None] | None,
         wait: Callable[[Any, float | None], None],
+        order: object = None,
     ) -> None:
         super().__init__()
         self._operations = operations
         self._results = results
         self._finish = finish
         self._wait = wait
+        self._order = self if order is None else order
+        self._is_waited = False
         self._future: torch.futures.Future | None = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
@@ -61,7 +66,13 @@ class Work(dist.Work):
                 finish, self._finish = self._finish, None
                 if finish is not None:
                     finish()
+        self._is_waited = True
         return True
+
+    def __del__(self) -> None:
+        # torch's C++ may hold the part of this object that is not Python, and would wait on that for ever.
+        if not self._is_waited:
+            _not_waited_for.append(self)
 
     def is_completed(self) -> bool:
         """Whether `wait` would return, or raise, at once. Local."""
@@ -96,50 +107,95 @@ class Work(dist.Work):
     _source_rank = source_rank
 
     def get_future(self) -> torch.futures.Future:
-        """A future of the caller's tensors, completed by a thread of its own. Local."""
+        """A future of the caller's tensors, completed by a thread of its own. Local; blocks if called in that thread.
+
+        Callbacks run in that thread, in the same order on every rank. What they call on a group is in a sequence of its
+        own, beside that of the other threads.
+        """
         if self._future is None:
-            self._future = torch.futures.Future()
-            _futures.add(self, self._future)
+            self._future = _Future()
+            if in_callback():
+                self.wait()
+            if self._is_waited:
+                self._future.set_result(list(self._results))
+            else:
+                _futures.add(self, self._future)
         return self._future
 
 
 _finishing = threading.Lock()
+_not_waited_for: deque[Work] = deque(maxlen=16)  # those that C++ will wait for are among the last
+
+
+class _Future(torch.futures.Future):
+    """A future whose callbacks run in the futures' thread even if it is complete already."""
+
+    def then(self, callback: Callable[[torch.futures.Future], Any]) -> torch.futures.Future:
+        following = _Future()
+        _futures.add(self, callback, following)
+        return following
 
 
 class _Futures:
     """Completes futures. One thread, started at first use, does it for all groups of the process."""
 
     def __init__(self) -> None:
-        self._added: queue.SimpleQueue[tuple[Work, torch.futures.Future]] = queue.SimpleQueue()
+        self._added: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._start = threading.Lock()
         self._thread: threading.Thread | None = None
+        self.thread_id: int | None = None
 
-    def add(self, work: Work, future: torch.futures.Future) -> None:
-        self._added.put((work, future))
+    def add(self, *what: Any) -> None:
+        """Takes a work and its future; or a future, a callback and the future of that."""
+        self._added.put(what)
         with self._start:
             if self._thread is None or not self._thread.is_alive():  # a forked child has no threads
                 self._thread = threading.Thread(target=self._run, name="dtrain-futures", daemon=True)
                 self._thread.start()
 
     def _run(self) -> None:
-        pending: list[tuple[Work, torch.futures.Future]] = []
+        self.thread_id = threading.get_ident()
+        works: list[tuple[Work, torch.futures.Future]] = []
+        callbacks: deque[tuple[_Future, Callable[[torch.futures.Future], Any], _Future]] = deque()
         while True:
-            if not pending:
-                pending.append(self._added.get())
+            if not works:
+                self._take(works, callbacks, self._added.get())
             while not self._added.empty():
-                pending.append(self._added.get())
-            with contextlib.suppress(Exception):  # it is found again below
-                for operation in pending[0][0]._operations:
-                    operation.wait(_WAIT_SECONDS)
-            waiting = []
-            for work, future in pending:
-                if not work.is_completed():
-                    waiting.append((work, future))
-                elif (error := work.exception()) is not None:
-                    future.set_exception(error)
-                else:
-                    future.set_result(list(work._results))
-            pending = waiting
+                self._take(works, callbacks, self._added.get())
+            if works:
+                with contextlib.suppress(Exception):  # it is found again below
+                    for operation in works[0][0]._operations:
+                        operation.wait(_WAIT_SECONDS)
+            works = self._complete(works)
+            while callbacks and callbacks[0][0].done():  # in the order of their calls, which all ranks share
+                future, callback, following = callbacks.popleft()
+                try:
+                    following.set_result(callback(future))
+                except Exception as error:
+                    following.set_exception(error)
+
+    @staticmethod
+    def _take(works: list[Any], callbacks: deque[Any], what: tuple[Any, ...]) -> None:
+        (works if isinstance(what[0], Work) else callbacks).append(what)
+
+    @staticmethod
+    def _complete(works: list[tuple[Work, torch.futures.Future]]) -> list[tuple[Work, torch.futures.Future]]:
+        waiting: list[tuple[Work, torch.futures.Future]] = []
+        held_up: set[int] = set()
+        for work, future in works:
+            if id(work._order) in held_up or not work.is_completed():
+                held_up.add(id(work._order))
+                waiting.append((work, future))
+            elif (error := work.exception()) is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(list(work._results))
+        return waiting
 
 
 _futures = _Futures()
+
+
+def in_callback() -> bool:
+    """Whether the caller is a future's callback."""
+    return threading.get_ident() == _futures.thread_id
