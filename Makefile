@@ -17,7 +17,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 # Tests of what cannot depend on the MPI run under one.
 ANY_MPI := batchnorm compression criterion data devices direct layers public_api readme
 
-.PHONY: help demo test test-engine test-long lint bench build build-openmpi build-mpich wheel clean
+.PHONY: help demo test test-engine test-engine-threads test-long lint bench build build-openmpi build-mpich wheel clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,15 +30,17 @@ test: build test-engine  ## Tests under Open MPI and MPICH
 	.venv/bin/python -m pytest -m 'not long'
 	.venv-mpich/bin/python -m pytest -m 'not long' $(patsubst %,--ignore=tests/test_%.py,$(ANY_MPI))
 
-test-engine: .venv/.installed  ## C++ tests under ASan and UBSan, and under TSan
+test-engine: .venv/.installed  ## C++ tests under ASan and UBSan
 	$(call cmake,openmpi,asan) -DENGINE_SANITIZE=address,undefined
 	.venv/bin/cmake --build build/asan
 	ASAN_OPTIONS=fast_unwind_on_malloc=0 LSAN_OPTIONS=print_suppressions=0 build/asan/engine_tests
+
+test-engine-threads: .venv/.installed  ## C++ tests of where threads meet, under TSan
 	$(call cmake,openmpi,tsan) -DENGINE_SANITIZE=thread
 	.venv/bin/cmake --build build/tsan
-	build/tsan/engine_tests engine:  # where threads meet; under TSan the others take minutes
+	build/tsan/engine_tests engine:
 
-test-long: build wheel  ## Tests that take minutes: installations, chroots
+test-long: build wheel test-engine-threads  ## Tests that take minutes: installations, chroots, threads
 	.venv/bin/python -m pytest -m long
 
 lint: .venv/.installed  ## Style of the Python sources
