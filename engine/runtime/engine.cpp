@@ -24,7 +24,7 @@ using std::chrono::steady_clock;
 constexpr int spare_cores_per_rank = 4;
 // A rank that waits has nothing better to do than spin for up to a millisecond; the engine thread takes the core from
 // the model. After a few microseconds a spin yields, since the peer may be waiting for this very core.
-constexpr int max_waiter_spins = 2000;
+constexpr microseconds waiter_spin_time(1000);
 constexpr int thread_spins = 200;
 constexpr int spins_before_yield = 100;
 // MPI wakes nobody, so while it has work it is asked this often.
@@ -76,7 +76,7 @@ Engine::Engine(const EngineOptions& options)
   }
   const bool one_node = std::ranges::max(nodes) == 0;
   has_thread_ = size() > 1 && (!one_node || node_->num_cores() >= spare_cores_per_rank * num_local);
-  waiter_spins_ = node_->num_cores() >= num_local ? max_waiter_spins : 0;
+  waiters_spin_ = node_->num_cores() >= num_local;
   if (!one_node) control_ = std::make_shared<mpi::Mailbox>(world_.duplicate());
   if (has_thread_) {
     thread_ = std::make_unique<std::thread>([this] { run(); });
@@ -261,11 +261,14 @@ bool Engine::needs_polling() {
 bool Engine::wait(Operation& operation, microseconds timeout) {
   const auto deadline = steady_clock::now() + timeout;
   int spins = 0;
+  // By the clock: where other programs want the cores, a yield may take milliseconds.
+  auto spin_end = steady_clock::now() + waiter_spin_time;
   while (!operation.is_done()) {
     // With an engine thread too: it may be asleep, and to wake it takes longer than a small operation.
     if (progress()) {
       spins = 0;
-    } else if (spins < waiter_spins_) {
+      spin_end = steady_clock::now() + waiter_spin_time;
+    } else if (waiters_spin_ && steady_clock::now() < spin_end) {
       spin(++spins);
     } else {
       const auto left = std::chrono::duration_cast<microseconds>(deadline - steady_clock::now());

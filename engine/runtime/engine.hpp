@@ -132,7 +132,7 @@ class Engine {
   std::vector<Mapping> doorbell_pages_;   // of the ranks on this node, in their order
   std::vector<Doorbell*> doorbell_of_rank_;  // null for ranks on other nodes
   bool has_thread_ = false;
-  int waiter_spins_ = 0;
+  bool waiters_spin_ = false;
   const int max_tag_;
   const int owner_pid_;
   const std::shared_ptr<Counters> counters_ = std::make_shared<Counters>();  // groups may live longer

@@ -85,6 +85,12 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         """
         return self._callback_group if in_callback() else self._main_group
 
+    # torch asks these of a group's backends in C++, which a group in Python has not got.
+    _device_types = (torch.device("cpu"),)
+
+    def _get_backend(self, device: torch.device) -> ProcessGroupShmpi:
+        return self
+
     def getBackendName(self) -> str:  # noqa: D102
         return "shmpi"
 

@@ -31,6 +31,7 @@ class ProcessGroupShmpiWithInner(ProcessGroupShmpi):
         self._inner_device = inner_device
         self._make_inner = make_inner
         self._inner: Any = None
+        self._device_types = (torch.device("cpu"), torch.device(inner_device))
 
     def _inner_for(self, arguments: Any) -> Any:
         """The inner group if the first tensor in the arguments is for it."""
