@@ -91,6 +91,9 @@ void bind_group(nb::module_& m) {
   nb::class_<Pending>(m, "Operation")
       .def("wait", &wait, nb::arg("timeout_seconds") = nb::none(),
            "Blocks until done; False after timeout_seconds. Raises what the operation failed with.")
+      .def("found_nonfinite", [](const Pending& pending) { return pending.operation->found_nonfinite(); },
+           "Whether the result holds an infinity or NaN; of reduce_shards, this rank's shards. ValueError unless done "
+           "and called with check_finite=True.")
       .def("is_done", [](const Pending& pending) {
         if (!pending.operation->is_done()) {
           const nb::gil_scoped_release release;
@@ -147,13 +150,15 @@ void bind_group(nb::module_& m) {
           "One zeroed block on each node, which all its ranks of the group map. Collective, blocks.")
       .def(
           "all_reduce",
-          [](const EngineGroup& self, nb::handle buffer, ReduceOp op, std::optional<DataType> wire_dtype) {
+          [](const EngineGroup& self, nb::handle buffer, ReduceOp op, std::optional<DataType> wire_dtype,
+             bool check_finite) {
             const auto [bytes, dtype] = reducible_memory_of(buffer);
-            const Reduction reduction{.dtype = dtype, .op = op, .wire_dtype = wire_dtype};
+            const Reduction reduction{.dtype = dtype, .op = op, .wire_dtype = wire_dtype, .check_finite = check_finite};
             return released(self, [&](Engine& e, Group& g) { return e.all_reduce(g, bytes, reduction); });
           },
           nb::arg("buffer"), nb::arg("op") = ReduceOp::sum, nb::arg("wire_dtype") = nb::none(),
-          "wire_dtype: type in which sums of float32 cross between nodes.")
+          nb::arg("check_finite") = false,
+          "wire_dtype: type in which sums of float32 cross between nodes. check_finite: for found_nonfinite().")
       .def(
           "reduce",
           [](const EngineGroup& self, nb::handle buffer, ReduceOp op, int root) {
@@ -250,14 +255,15 @@ void bind_group(nb::module_& m) {
           nb::arg("inputs"), nb::arg("output"), nb::arg("op") = ReduceOp::sum)
       .def(
           "reduce_shards",
-          [](const EngineGroup& self, nb::handle buffer, const Ranges& blocks, ReduceOp op) {
+          [](const EngineGroup& self, nb::handle buffer, const Ranges& blocks, ReduceOp op, bool check_finite) {
             const auto [bytes, dtype] = reducible_memory_of(buffer);
-            const Reduction reduction{.dtype = dtype, .op = op};
+            const Reduction reduction{.dtype = dtype, .op = op, .check_finite = check_finite};
             return released(self, [&](Engine& e, Group& g) {
               return e.reduce_shards(g, bytes, blocks_of(blocks), reduction);
             });
           },
-          nb::arg("buffer"), nb::arg("blocks"), nb::arg("op") = ReduceOp::sum, "blocks: (offset, length) in bytes.")
+          nb::arg("buffer"), nb::arg("blocks"), nb::arg("op") = ReduceOp::sum, nb::arg("check_finite") = false,
+          "blocks: (offset, length) in bytes. check_finite: for found_nonfinite().")
       .def(
           "gather_shards",
           [](const EngineGroup& self, nb::handle buffer, const Ranges& blocks) {

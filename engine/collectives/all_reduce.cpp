@@ -21,9 +21,11 @@ Task reduce_in_place(Group& group, std::span<const std::byte> buffer, std::vecto
   const auto own_local = static_cast<std::size_t>(local.rank());
   const auto slice = part_of(buffer, own_local, places.size());
   const auto of_slice = slice_places(places, slice, buffer.data());
-  reduce({of_slice.begin(), of_slice.end()}, of_slice, slice.size() / element_bytes(reduction.dtype), reduction);
-  auto reduced = local.barrier();
+  const bool found_nonfinite =
+      reduce({of_slice.begin(), of_slice.end()}, of_slice, slice.size() / element_bytes(reduction.dtype), reduction);
+  auto reduced = local.barrier(found_nonfinite);
   co_await reduced;
+  group.report_nonfinite(local.any_flag());
 }
 
 // On one node, in any memory: what others carry is copied to the scratch memory, and their results from there. What a
@@ -32,6 +34,7 @@ Task reduce_through_scratch(Group& group, std::span<std::byte> buffer, Reduction
   LocalGroup& local = group.local();
   const auto own = static_cast<std::size_t>(local.rank());
   const auto num_local = static_cast<std::size_t>(local.size());
+  bool found_nonfinite = false;
   for (std::size_t start = 0; start < buffer.size(); start += LocalGroup::scratch_bytes) {
     const auto work = buffer.subspan(start, std::min(LocalGroup::scratch_bytes, buffer.size() - start));
     const std::vector<std::byte*> scratch = local.next_scratch();
@@ -52,9 +55,9 @@ Task reduce_through_scratch(Group& group, std::span<std::byte> buffer, Reduction
       sources.push_back(rank == own ? carried.data() : in_scratch(rank, carried));
     }
     const std::array<std::byte*, 2> destinations{carried.data(), in_scratch(own, carried)};
-    reduce_by_domains(local.domains(), sources, destinations, carried.size() / element_bytes(reduction.dtype),
-                      reduction);
-    auto reduced = local.barrier();
+    found_nonfinite |= reduce_by_domains(local.domains(), sources, destinations,
+                                         carried.size() / element_bytes(reduction.dtype), reduction);
+    auto reduced = local.barrier(found_nonfinite);
     co_await reduced;
 
     for (std::size_t peer = 0; peer < num_local; ++peer) {
@@ -62,14 +65,22 @@ Task reduce_through_scratch(Group& group, std::span<std::byte> buffer, Reduction
       if (peer != own) std::memcpy(slice.data(), in_scratch(peer, slice), slice.size());
     }
   }
+  group.report_nonfinite(local.any_flag());
 }
 
-Task nothing() { co_return; }
+// The result is the buffer as it is.
+Task reduce_alone(Group& group, std::span<std::byte> buffer, Reduction reduction) {
+  const std::byte* const source = buffer.data();
+  std::byte* const result = buffer.data();
+  const std::size_t count = buffer.size() / element_bytes(reduction.dtype);
+  if (reduction.check_finite) group.report_nonfinite(reduce({&source, 1}, {&result, 1}, count, reduction));
+  co_return;
+}
 
 }  // namespace
 
 Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction) {
-  if (group.size() == 1 || buffer.empty()) return nothing();
+  if (group.size() == 1 || buffer.empty()) return reduce_alone(group, buffer, reduction);
   if (group.num_nodes() > 1) return all_reduce_nodes(group, buffer, reduction);
   if (reduction.op == ReduceOp::average) reduction.scale = 1.0 / group.size();
   std::vector<std::byte*> shared = group.shared_buffers();

@@ -16,6 +16,7 @@ namespace dtrain {
 // 2. It is cut into a slice for each rank, its carrier, which reduces it over all ranks, in their order; where ranks
 //    are in several domains (domains.hpp), each reduces its own part first.
 // 3. The result is written to all ranks' buffers by the carrier, or fetched by each rank from the scratch memory.
+// With check_finite, the carriers' findings travel with the barrier after step 2, so that all ranks report the same.
 // Invariant: every element is reduced in one fixed order (of each domain, then of the domains).
 Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction);
 

@@ -37,8 +37,10 @@ Task all_reduce_domains(Group& group, std::span<const std::byte> buffer, std::ve
     for (const std::size_t rank : ranks) of_ranks.push_back(places[rank] + (part.data() - buffer.data()));
     return of_ranks;
   };
-  Reduction within = reduction;  // the average's division comes with the last reduction of an element
+  Reduction within = reduction;  // the average's division and the check come with the last reduction of an element
   within.scale = 1.0;
+  within.check_finite = false;
+  bool found_nonfinite = false;
 
   const std::size_t segment_bytes = slice_bytes * num_slices;
   for (std::size_t start = 0; start < buffer.size(); start += segment_bytes) {
@@ -61,7 +63,7 @@ Task all_reduce_domains(Group& group, std::span<const std::byte> buffer, std::ve
     for (const Slice& slice : carried) {
       const auto piece = part_of(slice.bytes, number, domains.size());
       const auto partials = at(slice.carriers, piece);
-      reduce({partials.begin(), partials.end()}, partials, piece.size() / width, reduction);
+      found_nonfinite |= reduce({partials.begin(), partials.end()}, partials, piece.size() / width, reduction);
     }
     auto reduced = local.barrier();
     co_await reduced;
@@ -73,8 +75,9 @@ Task all_reduce_domains(Group& group, std::span<const std::byte> buffer, std::ve
       }
     }
   }
-  auto copied = local.barrier();
+  auto copied = local.barrier(found_nonfinite);
   co_await copied;
+  group.report_nonfinite(local.any_flag());
 }
 
 }  // namespace dtrain

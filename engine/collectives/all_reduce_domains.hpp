@@ -18,6 +18,7 @@ namespace dtrain {
 // 2. A slice is cut into a piece for each domain. The carrier there reduces it over the slice's carriers, in the order
 //    of the domains, and writes it to their buffers.
 // 3. Each carrier copies its slices to the others of its domain.
+// With check_finite, what stage 2 finds travels with the last barrier.
 // Segments are short, so that what a stage leaves is still in the cache in the next.
 // Invariant: every element is reduced in one fixed order (of each domain, then of the domains).
 Task all_reduce_domains(Group& group, std::span<const std::byte> buffer, std::vector<std::byte*> places,

@@ -64,6 +64,9 @@ class SegmentedReduction {
   void end(std::size_t number);  // the node has the result after a barrier
   void fetch(std::size_t number);
 
+  // In what has ended of this rank's slices.
+  bool found_nonfinite() const { return found_nonfinite_; }
+
   // Whether what `number` waits for has come.
   bool has_come(std::size_t number) { return mpi::test_all(slot(number).transfers); }
   // Drives the transfers of all segments while something else is waited for.
@@ -87,9 +90,14 @@ class SegmentedReduction {
     return buffer_.subspan(start, std::min(plan_.segment_bytes, buffer_.size() - start));
   }
   bool is_narrow() const { return between_.dtype != within_.dtype; }
+  std::size_t num_elements(std::span<const std::byte> bytes) const {
+    return bytes.size() / element_bytes(within_.dtype);
+  }
 
   Group& group_;
   std::span<std::byte> buffer_;
+  bool check_finite_;
+  bool found_nonfinite_ = false;
   Reduction within_;
   Reduction between_;
   std::vector<std::byte*> shared_;
@@ -102,6 +110,7 @@ class SegmentedReduction {
 Reduction within_nodes(Reduction reduction) {
   const bool is_sum = reduction.op == ReduceOp::sum || reduction.op == ReduceOp::average;
   if (reduction.dtype != DataType::float32 || !is_sum) reduction.wire_dtype.reset();
+  reduction.check_finite = false;  // what counts is the final result
   return reduction;
 }
 
@@ -115,6 +124,7 @@ Reduction between_nodes(const Group& group, Reduction reduction) {
 SegmentedReduction::SegmentedReduction(Group& group, std::span<std::byte> buffer, const Reduction& reduction)
     : group_(group),
       buffer_(buffer),
+      check_finite_(reduction.check_finite),
       within_(within_nodes(reduction)),
       between_(between_nodes(group, within_)),
       shared_(group.shared_buffers()),
@@ -158,11 +168,11 @@ void SegmentedReduction::begin(std::size_t number) {
       const auto sources = slice_places(at.places, slice, own.data());
       std::byte* const destination = slice.data();
       reduce_by_domains(group_.local().domains(), {sources.begin(), sources.end()}, {&destination, 1},
-                        slice.size() / element_bytes(within_.dtype), within_);
+                        num_elements(slice), within_);
     }
     auto wire = slice;
     if (is_narrow()) {
-      wire = free.first(slice.size() / element_bytes(within_.dtype) * element_bytes(between_.dtype));
+      wire = free.first(num_elements(slice) * element_bytes(between_.dtype));
       free = free.subspan(wire.size());
       narrow(slice, wire.data(), between_.dtype);
     }
@@ -184,9 +194,15 @@ void SegmentedReduction::end(std::size_t number) {
   for (std::size_t i = 0; i < at.carried.size(); ++i) {
     const auto slice = at.carried[i];
     if (is_narrow()) widen(at.wire[i].bytes, slice.data(), between_.dtype);
-    if (!plan_.in_place) continue;
-    for (std::byte* place : slice_places(at.places, slice, own)) {
-      if (place != slice.data()) std::memcpy(place, slice.data(), slice.size());
+    if (!plan_.in_place && !check_finite_) continue;
+    const auto copies = plan_.in_place ? slice_places(at.places, slice, own) : std::vector{slice.data()};
+    if (check_finite_) {  // a reduction of one source is a copy that looks at the values
+      const std::byte* const source = slice.data();
+      found_nonfinite_ |= reduce({&source, 1}, copies, num_elements(slice), {.dtype = within_.dtype, .check_finite = true});
+      continue;
+    }
+    for (std::byte* copy : copies) {
+      if (copy != slice.data()) std::memcpy(copy, slice.data(), slice.size());
     }
   }
 }
@@ -234,7 +250,7 @@ Task all_reduce_nodes(Group& group, std::span<std::byte> buffer, Reduction reduc
       co_await gathered;
       segments.end(number);
       if (!plan.in_place) {
-        auto all_reduced = local.barrier();
+        auto all_reduced = local.barrier(segments.found_nonfinite());
         auto reduced = Until([&] { return segments.drive(), all_reduced.await_ready(); });
         co_await reduced;
         segments.fetch(number);
@@ -242,9 +258,10 @@ Task all_reduce_nodes(Group& group, std::span<std::byte> buffer, Reduction reduc
     }
   }
   if (plan.in_place || segments.takes_all_scratch()) {
-    auto all_ended = local.barrier();
+    auto all_ended = local.barrier(segments.found_nonfinite());
     co_await all_ended;
   }
+  group.report_nonfinite(local.any_flag());
 }
 
 }  // namespace dtrain

@@ -18,6 +18,8 @@ namespace dtrain {
 //    in their order (of each domain, then of the domains, if there are any), and sends it on its way.
 // 2. turn: what the other nodes sent is here; it is reduced in the order of the nodes and, with two hops, sent back.
 // 3. end: the result is here. The carrier writes it to all ranks' buffers, or each rank fetches it from scratch memory.
+//    With check_finite it looks at the values as it does so, and its findings travel with the barrier that follows. Each
+//    node has the whole result, so all of them come to the same answer.
 // Several segments are under way at a time, each in another stage, so that the network need not wait for reductions.
 //
 // With wire_dtype, a node's partial result is rounded to it, all of them are summed in float32 in the order of the

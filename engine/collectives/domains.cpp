@@ -21,11 +21,13 @@ Domains find_domains(std::span<const int> numa_nodes) {
   return domains;
 }
 
-void reduce_by_domains(const Domains& domains, std::span<const std::byte* const> sources,
+bool reduce_by_domains(const Domains& domains, std::span<const std::byte* const> sources,
                        std::span<std::byte* const> destinations, std::size_t count, const Reduction& reduction) {
   if (domains.empty()) return reduce(sources, destinations, count, reduction);
   Reduction within = reduction;
   within.scale = 1.0;
+  within.check_finite = false;
+  bool found_nonfinite = false;
   constexpr std::size_t block_bytes = std::size_t{16} << 10;  // of each domain, in the cache
   const std::size_t width = element_bytes(reduction.dtype);
   std::vector<std::byte> memory(domains.size() * block_bytes);
@@ -42,8 +44,9 @@ void reduce_by_domains(const Domains& domains, std::span<const std::byte* const>
       partials[domain] = place;
     }
     std::ranges::transform(destinations, results.begin(), [start](std::byte* place) { return place + start; });
-    reduce(partials, results, num_elements, reduction);
+    found_nonfinite |= reduce(partials, results, num_elements, reduction);
   }
+  return found_nonfinite;
 }
 
 }  // namespace dtrain

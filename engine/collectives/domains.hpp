@@ -19,8 +19,8 @@ using Domains = std::vector<std::vector<std::size_t>>;
 Domains find_domains(std::span<const int> numa_nodes);
 
 // reduce() of one source from each local rank in the order that all_reduce promises: those of each domain, then the
-// partial results of the domains.
-void reduce_by_domains(const Domains& domains, std::span<const std::byte* const> sources,
+// partial results of the domains. Returns what reduce() does, of the result.
+bool reduce_by_domains(const Domains& domains, std::span<const std::byte* const> sources,
                        std::span<std::byte* const> destinations, std::size_t count, const Reduction& reduction);
 
 }  // namespace dtrain

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -13,6 +14,11 @@ namespace dtrain {
 
 void Operation::rethrow() const {
   if (error_) std::rethrow_exception(error_);
+}
+
+bool Operation::found_nonfinite() const {
+  if (call_.check_finite && is_done() && !error_) return found_nonfinite_;
+  throw std::invalid_argument("found_nonfinite: " + call_.description() + " is not done, or was not asked to check");
 }
 
 Group::Group(std::uint64_t id, mpi::Communicator communicator, std::vector<int> world_ranks,

@@ -36,6 +36,9 @@ class Operation {
   bool is_done() const { return done_.load(std::memory_order_acquire) != 0; }
   // Rethrows what the operation failed with. Only once it is done.
   void rethrow() const;
+  // Whether the result has an infinite or NaN element: of an all_reduce anywhere, so that all ranks get the same answer;
+  // of reduce_shards in this rank's shards. Only once it is done without error, and called with check_finite.
+  bool found_nonfinite() const;
   // Lets `buffers` live as long as the operation.
   void keep(std::shared_ptr<const void> buffers) { buffers_ = std::move(buffers); }
   // For the engine: the word to sleep on.
@@ -49,6 +52,7 @@ class Operation {
   std::optional<Task> task_;
   bool posted_ = false;
   int source_ = -1;
+  bool found_nonfinite_ = false;
   std::exception_ptr error_;
   std::shared_ptr<const void> buffers_;
   std::atomic<std::uint32_t> done_{0};
@@ -98,6 +102,9 @@ class Group {
   // Memory for the operation that runs now, of at least `num_bytes` and any content. It is kept for the next one, since
   // fresh memory costs more than what is done in it.
   std::span<std::byte> staging(std::size_t num_bytes);
+
+  // Says of the collective that runs now whether its result has an infinite or NaN element.
+  void report_nonfinite(bool found) { queue_.front()->found_nonfinite_ = found; }
 
   // Queues a collective, or starts a message: these may overtake each other and the collectives.
   void submit(std::shared_ptr<Operation> operation);

@@ -21,6 +21,7 @@ std::int64_t now_ns() {
 }  // namespace
 
 std::string Call::description() const {
+  const std::string checked = check_finite ? ", checked" : "";
   std::string elements = std::to_string(count) + " " + name(dtype);
   if (parts != 0) {
     char hash[17];
@@ -31,7 +32,7 @@ std::string Call::description() const {
   switch (collective) {
     case Collective::all_reduce:
       return std::string("all_reduce(") + name(op) + ", " + elements +
-             (wire_dtype != dtype ? std::string(", as ") + name(wire_dtype) + " between nodes)" : ")");
+             (wire_dtype != dtype ? std::string(", as ") + name(wire_dtype) + " between nodes" : "") + checked + ")";
     case Collective::reduce: return std::string("reduce(") + name(op) + ", " + rooted("root ");
     case Collective::broadcast: return rooted("broadcast(root ");
     case Collective::all_gather: return "all_gather(" + elements + ")";
@@ -43,7 +44,7 @@ std::string Call::description() const {
     case Collective::receive:
       return root < 0 ? "receive(from any rank, " + elements + ")" : rooted("receive(from rank ");
     case Collective::barrier: return "barrier()";
-    case Collective::reduce_shards: return std::string("reduce_shards(") + name(op) + ", " + elements + ")";
+    case Collective::reduce_shards: return std::string("reduce_shards(") + name(op) + ", " + elements + checked + ")";
     case Collective::gather_shards: return "gather_shards(" + elements + ")";
   }
   return "?";
@@ -138,10 +139,11 @@ int LocalGroup::first_left(std::uint64_t sequence) const {
   return first;
 }
 
-std::uint64_t LocalGroup::arrive() {
-  std::atomic<std::uint64_t>& own = headers_[static_cast<std::size_t>(local_rank_)]->num_arrived;
-  const std::uint64_t target = own.load(std::memory_order_relaxed) + 1;
-  own.store(target, std::memory_order_release);
+std::uint64_t LocalGroup::arrive(bool flag) {
+  Header& own = *headers_[static_cast<std::size_t>(local_rank_)];
+  const std::uint64_t target = own.num_arrived.load(std::memory_order_relaxed) + 1;
+  own.flags[target % 2] = flag;
+  own.num_arrived.store(target, std::memory_order_release);
   ring_others();
   return target;
 }
@@ -150,6 +152,11 @@ bool LocalGroup::all_arrived(std::uint64_t target) const {
   return std::ranges::all_of(headers_, [target](const Header* header) {
     return header->num_arrived.load(std::memory_order_acquire) >= target;
   });
+}
+
+bool LocalGroup::any_flag() const {
+  const std::uint64_t last = headers_[static_cast<std::size_t>(local_rank_)]->num_arrived.load(std::memory_order_relaxed);
+  return std::ranges::any_of(headers_, [last](const Header* header) { return header->flags[last % 2]; });
 }
 
 std::vector<std::byte*> LocalGroup::next_scratch() {
@@ -187,7 +194,7 @@ void LocalGroup::locate(std::span<const std::byte> buffer, Call& call) const {
 }
 
 std::vector<std::byte*> LocalGroup::shared_buffers(std::uint64_t sequence) const {
-  const std::uint64_t number = call_of(local_rank_, sequence).allocation;
+  const std::uint32_t number = call_of(local_rank_, sequence).allocation;
   const auto entry = std::ranges::find(allocations_, number, &Numbered::number);
   if (number != 0 && entry == allocations_.end()) throw std::logic_error("memory was released while it was in use");
   std::vector<std::byte*> buffers;

@@ -39,12 +39,14 @@ struct Call {
   std::uint64_t even_bytes = 0;
   // Where the buffer lies in memory that the members allocated together (number of the allocation, from 1, and offset
   // in bytes), or 0 and 0.
-  std::uint64_t allocation = 0;
+  std::uint32_t allocation = 0;
+  bool check_finite = false;  // of reductions; the same on all members
   std::uint64_t offset_bytes = 0;
 
   bool agrees_with(const Call& other) const {
     return collective == other.collective && dtype == other.dtype && op == other.op &&
-           wire_dtype == other.wire_dtype && root == other.root && count == other.count && parts == other.parts;
+           wire_dtype == other.wire_dtype && root == other.root && count == other.count && parts == other.parts &&
+           check_finite == other.check_finite;
   }
   std::string description() const;
 };
@@ -98,11 +100,13 @@ class LocalGroup {
   std::string reason_of(int member) const;
   LastSeen last_seen(int member) const;
 
-  // A wait that ends when all members have come to it.
-  auto barrier() {
-    const std::uint64_t target = arrive();
+  // A wait that ends when all members have come to it, each with a flag.
+  auto barrier(bool flag = false) {
+    const std::uint64_t target = arrive(flag);
     return Until([this, target] { return all_arrived(target); });
   }
+  // Whether any member came to the last barrier with its flag set. Between its end and this member's next.
+  bool any_flag() const;
 
   // Each member's scratch_bytes for the next piece of work. Two halves take turns: with at least one barrier in each
   // turn, a half is written again only after all members are through with it.
@@ -129,6 +133,8 @@ class LocalGroup {
   struct Header {
     alignas(64) std::atomic<std::uint64_t> num_posted;
     alignas(64) std::atomic<std::uint64_t> num_arrived;
+    // Of the last two barriers, by turns: a fast member may be at the next one while a slow one still reads.
+    std::array<bool, 2> flags;
     alignas(64) std::atomic<std::uint64_t> num_completed;
     std::atomic<std::int64_t> posted_at_ns;
     std::atomic<std::uint32_t> has_left;
@@ -136,7 +142,7 @@ class LocalGroup {
     alignas(64) std::array<Call, ring_length> calls;
   };
 
-  std::uint64_t arrive();
+  std::uint64_t arrive(bool flag);
   bool all_arrived(std::uint64_t target) const;
   void ring_others();
 
@@ -146,9 +152,9 @@ class LocalGroup {
   std::vector<Doorbell*> doorbells_;
   Domains domains_;
   std::size_t half_ = 0;
-  std::uint64_t num_allocations_ = 0;
+  std::uint32_t num_allocations_ = 0;
   struct Numbered {
-    std::uint64_t number;
+    std::uint32_t number;
     std::shared_ptr<const Allocation> blocks;
   };
   std::vector<Numbered> allocations_;

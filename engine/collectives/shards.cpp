@@ -81,22 +81,27 @@ std::vector<mpi::Transfer> exchange(Group& group, std::vector<Message>& incoming
 }  // namespace
 
 Task reduce_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks, Reduction reduction) {
-  if (group.size() == 1) co_return;
   // All ranks of the node have called, so their buffers hold what is to be added: no barrier is needed before reading.
-  const std::vector<std::byte*> places = group.shared_buffers();
+  std::vector<std::byte*> places = group.shared_buffers();
+  if (group.size() == 1) {
+    if (!reduction.check_finite) co_return;
+    places = {buffer.data()};
+  }
   if (places.empty()) {
     throw std::invalid_argument("reduce_shards: the buffers do not lie in memory that all ranks allocated together");
   }
   const bool one_node = group.num_nodes() == 1;
   const std::size_t width = element_bytes(reduction.dtype);
-  Reduction last = reduction;  // the average's division comes with the last reduction of an element
+  Reduction last = reduction;  // the average's division and the check come with the last reduction of an element
   if (reduction.op == ReduceOp::average) last.scale = 1.0 / group.size();
+  reduction.check_finite = false;
+  bool found_nonfinite = false;
 
   std::vector<const std::byte*> sources(places.size());
   const auto reduce_node = [&](std::span<const std::byte> part, std::byte* result, const Reduction& how) {
     const auto offset = part.data() - buffer.data();
     std::ranges::transform(places, sources.begin(), [offset](const std::byte* place) { return place + offset; });
-    reduce_by_domains(group.local().domains(), sources, {&result, 1}, part.size() / width, how);
+    return reduce_by_domains(group.local().domains(), sources, {&result, 1}, part.size() / width, how);
   };
 
   const auto own = shards_of(group, group.rank(), buffer, blocks);
@@ -110,7 +115,8 @@ Task reduce_shards(Group& group, std::span<std::byte> buffer, std::vector<Block>
   }
   std::vector<Message> incoming = own_messages(group, buffer, blocks);
   std::vector<mpi::Transfer> transfers = exchange(group, incoming, outgoing);
-  for (const auto& part : own) reduce_node(part, part.data(), one_node ? last : reduction);
+  for (const auto& part : own) found_nonfinite |= reduce_node(part, part.data(), one_node ? last : reduction);
+  group.report_nonfinite(found_nonfinite);
   if (one_node) co_return;
 
   auto exchanged = Until([&transfers] { return mpi::test_all(transfers); });
@@ -122,9 +128,10 @@ Task reduce_shards(Group& group, std::span<std::byte> buffer, std::vector<Block>
     for (const Message& in : incoming) partials.push_back(in.bytes.data() + offset);
     partials.insert(partials.begin() + group.node(), part.data());
     std::byte* const result = part.data();
-    reduce(partials, {&result, 1}, part.size() / width, last);
+    found_nonfinite |= reduce(partials, {&result, 1}, part.size() / width, last);
     offset += part.size();
   }
+  group.report_nonfinite(found_nonfinite);
 }
 
 Task gather_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks) {

@@ -27,6 +27,7 @@ struct Block {
 //
 // 1. The owner on each node, or the carrier, reads its node's buffers in place and adds them in all_reduce's order.
 // 2. With several nodes, carriers send that to the owner, which adds the nodes' sums in the order of the nodes.
+// With check_finite the rank reports what it finds in its own shards.
 // Invariant: the same bits as all_reduce gives.
 Task reduce_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks, Reduction reduction);
 

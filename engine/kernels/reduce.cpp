@@ -3,24 +3,24 @@
 
 namespace dtrain {
 
-using Kernel = void (*)(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t,
+using Kernel = bool (*)(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t,
                         const Reduction&);
 using Conversion = void (*)(std::span<const std::byte>, std::byte*, DataType);
 
 // reduce_kernels.cpp is compiled once for each of these namespaces, with the flags of its instruction set.
 namespace baseline {
-void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+bool reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 void narrow(std::span<const std::byte>, std::byte*, DataType);
 void widen(std::span<const std::byte>, std::byte*, DataType);
 }
 #ifdef KERNELS_X86
 namespace avx2 {
-void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+bool reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 void narrow(std::span<const std::byte>, std::byte*, DataType);
 void widen(std::span<const std::byte>, std::byte*, DataType);
 }
 namespace avx512 {
-void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+bool reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 void narrow(std::span<const std::byte>, std::byte*, DataType);
 void widen(std::span<const std::byte>, std::byte*, DataType);
 }
@@ -52,9 +52,9 @@ const Choice chosen = choose();
 
 }  // namespace
 
-void reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
+bool reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
             const Reduction& reduction) {
-  chosen.kernel(sources, destinations, count, reduction);
+  return chosen.kernel(sources, destinations, count, reduction);
 }
 
 void narrow(std::span<const std::byte> source, std::byte* destination, DataType dtype) {

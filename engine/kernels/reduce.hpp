@@ -15,12 +15,15 @@ struct Reduction {
   double scale = 1.0;  // the result is multiplied by this; floating types only
   // Type in which float32 sums cross between nodes, bfloat16 or float16 to halve their bytes; none for `dtype`.
   std::optional<DataType> wire_dtype = std::nullopt;
+  bool check_finite = false;  // look for infinities and NaN in the result; all_reduce and reduce_shards have it
 };
 
 // Reduces `count` elements of all `sources`, in their order, and writes the result to every destination. A destination
 // may be a source, else they must not overlap. 16-bit types accumulate in float32 and are rounded once (to nearest
 // even); a NaN in any source gives NaN. The result does not depend on the instruction set that runs it.
-void reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
+// With `check_finite` there is at least one destination; returns whether an element of the result, as it is stored, is
+// infinite or NaN. Else false.
+bool reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
             const Reduction& reduction);
 
 // Rounds float32 values to bfloat16 or float16 (to nearest even; NaN stays NaN).

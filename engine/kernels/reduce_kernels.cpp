@@ -6,6 +6,8 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 
 #include "kernels/reduce.hpp"
 
@@ -28,14 +30,14 @@ template <class T>
 struct Stored {  // T in memory, T while reducing
   using Accumulator = T;
   static T load(T value) { return value; }
-  static T store(T value) { return value; }
+  static constexpr T store(T value) { return value; }
 };
 
 template <>
 struct Stored<BFloat16> {
   using Accumulator = float;
   static float load(BFloat16 value) { return std::bit_cast<float>(std::uint32_t{value.bits} << 16); }
-  static BFloat16 store(float value) {
+  static constexpr BFloat16 store(float value) {
     const auto bits = std::bit_cast<std::uint32_t>(value);
     const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
     const std::uint32_t quiet_nan = (bits >> 16) | 0x40U;
@@ -53,7 +55,7 @@ struct Stored<Float16> {
     const std::uint32_t magnitude = shifted >= 0x0f800000U ? shifted | 0x7f800000U : scaled;
     return std::bit_cast<float>(magnitude | (std::uint32_t{value.bits} & 0x8000U) << 16);
   }
-  static Float16 store(float value) {
+  static constexpr Float16 store(float value) {
     const auto bits = std::bit_cast<std::uint32_t>(value);
     const std::uint32_t magnitude = bits & 0x7fffffffU;
     const std::uint32_t sign = (bits >> 16) & 0x8000U;
@@ -107,10 +109,39 @@ T multiply(T a, T b) {
   }
 }
 
+template <class T>
+constexpr auto bits_of(T value) {
+  if constexpr (sizeof(T) == 2) {
+    return value.bits;
+  } else {
+    return std::bit_cast<std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>>(value);
+  }
+}
+
+// Copies, and tells whether any value is infinite or NaN: its exponent is all ones, so that a one added to the lowest
+// bit carries into the sign's place. In a copy, which waits for memory, this takes no time.
+template <class T>
+bool copy_and_check(const T* values, T* __restrict copy, std::size_t count) {
+  using Bits = decltype(bits_of(T{}));
+  constexpr auto infinity = std::numeric_limits<typename Stored<T>::Accumulator>::infinity();
+  constexpr Bits exponent = bits_of(Stored<T>::store(infinity));
+  constexpr Bits sign = Bits{1} << (8 * sizeof(T) - 1);
+  constexpr Bits lowest = sign - exponent;
+  Bits carries = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const Bits bits = bits_of(values[i]);
+    copy[i] = std::bit_cast<T>(bits);
+    carries = static_cast<Bits>(carries | ((bits & exponent) + lowest));
+  }
+  return (carries & sign) != 0;
+}
+
 template <class T, class Combine>
-void reduce_blocks(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations,
-                   std::size_t count, double scale, Combine combine) {
+bool reduce_blocks(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations,
+                   std::size_t count, const Reduction& reduction, Combine combine) {
   using Accumulator = typename Stored<T>::Accumulator;
+  const double scale = reduction.scale;
+  bool found_nonfinite = false;
   alignas(64) Accumulator accumulator[block_elements];
   alignas(64) T result[block_elements];
   for (std::size_t start = 0; start < count; start += block_elements) {
@@ -139,15 +170,24 @@ void reduce_blocks(std::span<const std::byte* const> sources, std::span<std::byt
       for (std::size_t i = 0; i < n; ++i) result[i] = Stored<T>::store(accumulator[i]);
       finished = result;
     }
-    for (std::byte* destination : destinations) std::memcpy(destination + start * sizeof(T), finished, n * sizeof(T));
+    auto places = destinations;
+    if constexpr (std::is_floating_point_v<Accumulator>) {
+      if (reduction.check_finite) {
+        auto* const copy = reinterpret_cast<T*>(places[0]) + start;
+        found_nonfinite |= copy_and_check(static_cast<const T*>(finished), copy, n);
+        places = places.subspan(1);
+      }
+    }
+    for (std::byte* place : places) std::memcpy(place + start * sizeof(T), finished, n * sizeof(T));
   }
+  return found_nonfinite;
 }
 
 template <class T>
-void reduce_type(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations,
+bool reduce_type(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations,
                  std::size_t count, const Reduction& reduction) {
   using A = typename Stored<T>::Accumulator;
-  const auto run = [&](auto combine) { reduce_blocks<T>(sources, destinations, count, reduction.scale, combine); };
+  const auto run = [&](auto combine) { return reduce_blocks<T>(sources, destinations, count, reduction, combine); };
   const bool boolean = std::is_same_v<T, Boolean>;
   switch (reduction.op) {
     case ReduceOp::sum:
@@ -167,6 +207,7 @@ void reduce_type(std::span<const std::byte* const> sources, std::span<std::byte*
       default: break;
     }
   }
+  return false;
 }
 
 template <class T>
@@ -198,10 +239,10 @@ void widen(std::span<const std::byte> source, std::byte* destination, DataType d
   widen(reinterpret_cast<const Float16*>(source.data()), to, count);
 }
 
-void reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
+bool reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
             const Reduction& reduction);
 
-void reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
+bool reduce(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
             const Reduction& reduction) {
   switch (reduction.dtype) {
     case DataType::float32: return reduce_type<float>(sources, destinations, count, reduction);
@@ -214,8 +255,9 @@ void reduce(std::span<const std::byte* const> sources, std::span<std::byte* cons
     case DataType::int64: return reduce_type<std::int64_t>(sources, destinations, count, reduction);
     case DataType::uint8: return reduce_type<std::uint8_t>(sources, destinations, count, reduction);
     case DataType::boolean: return reduce_type<Boolean>(sources, destinations, count, reduction);
-    default: return;  // callers refuse what is_reducible() refuses
+    default: return false;  // callers refuse what is_reducible() refuses
   }
+  return false;
 }
 
 }  // namespace dtrain::KERNEL_ISA

@@ -90,7 +90,7 @@ std::shared_ptr<Operation> Engine::all_reduce(Group& group, std::span<std::byte>
   check_reduction("all_reduce", reduction);
   const Call call{.collective = Collective::all_reduce, .dtype = reduction.dtype, .op = reduction.op,
                   .wire_dtype = reduction.wire_dtype.value_or(reduction.dtype),
-                  .count = buffer.size() / element_bytes(reduction.dtype)};
+                  .count = buffer.size() / element_bytes(reduction.dtype), .check_finite = reduction.check_finite};
   return submit(group, call, buffer, [&group, buffer, reduction](Operation&) { return dtrain::all_reduce(group, buffer, reduction); });
 }
 
@@ -189,7 +189,8 @@ std::shared_ptr<Operation> Engine::reduce_shards(Group& group, std::span<std::by
   check_reduction("reduce_shards", reduction);
   const std::size_t width = element_bytes(reduction.dtype);
   const Call call{.collective = Collective::reduce_shards, .dtype = reduction.dtype, .op = reduction.op,
-                  .count = check_blocks("reduce_shards", buffer, blocks, width) / width};
+                  .count = check_blocks("reduce_shards", buffer, blocks, width) / width,
+                  .check_finite = reduction.check_finite};
   return submit(group, call, buffer, [&group, buffer, blocks = std::move(blocks), reduction](Operation&) {
     return dtrain::reduce_shards(group, buffer, blocks, reduction);
   });

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels of each instruction set against a scalar reference that shares no code and no trick with them.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -15,13 +16,13 @@
 
 namespace dtrain {
 namespace baseline {
-void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+bool reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 }
 namespace avx2 {
-void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+bool reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 }
 namespace avx512 {
-void reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+bool reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 }
 
 namespace {
@@ -36,7 +37,7 @@ constexpr auto all_ops = {ReduceOp::sum, ReduceOp::average, ReduceOp::product, R
 
 struct Isa {
   const char* name;
-  void (*reduce)(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
+  bool (*reduce)(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 };
 
 // What this processor can run.
@@ -177,7 +178,27 @@ bool agrees(const std::vector<std::vector<std::byte>>& sources, const std::vecto
   }
 }
 
-// Reduces on every instruction set; the bits must be the same, and agree with the reference.
+bool has_nonfinite(const std::vector<std::byte>& values, DataType dtype) {
+  const auto any = [&]<class T>(T, const auto& load) {
+    for (std::size_t i = 0; i < values.size() / sizeof(T); ++i) {
+      T value{};
+      std::memcpy(&value, values.data() + i * sizeof(T), sizeof(T));
+      if (!std::isfinite(load(value))) return true;
+    }
+    return false;
+  };
+  const auto same = [](auto value) { return value; };
+  switch (dtype) {
+    case DataType::float32: return any(0.0F, same);
+    case DataType::float64: return any(0.0, same);
+    case DataType::bfloat16: return any(std::uint16_t{}, [](std::uint16_t bits) { return bfloat16.decode(bits); });
+    case DataType::float16: return any(std::uint16_t{}, [](std::uint16_t bits) { return float16.decode(bits); });
+    default: return false;
+  }
+}
+
+// Reduces on every instruction set; the bits must be the same, and agree with the reference. So they must where the
+// result is checked, to two destinations, one of them off the cache line.
 void check(const std::vector<std::vector<std::byte>>& sources, const Reduction& reduction, const std::string& what) {
   std::vector<const std::byte*> places;
   for (const auto& source : sources) places.push_back(source.data());
@@ -190,6 +211,13 @@ void check(const std::vector<std::vector<std::byte>>& sources, const Reduction& 
     expect(agrees(sources, result, reduction), label);
     if (first.empty()) first = result;
     expect(result == first, label + " differs from the chosen instruction set");
+    Reduction checked = reduction;
+    checked.check_finite = true;
+    std::vector<std::byte> copies[2]{std::vector<std::byte>(result.size()), std::vector<std::byte>(result.size() + 8)};
+    const std::array<std::byte*, 2> copy_places{copies[0].data(), copies[1].data() + 8};
+    const bool found = isa.reduce(places, copy_places, result.size() / element_bytes(reduction.dtype), checked);
+    expect(copies[0] == result && std::equal(result.begin(), result.end(), copies[1].begin() + 8), label + " checked");
+    expect(found == has_nonfinite(result, reduction.dtype), label + " found");
   }
 }
 
@@ -287,6 +315,81 @@ const Test halfway("kernels: rounding to nearest, ties to even", Runs::alone, []
   expect_equal(sum(DataType::float16, {0x7bff, 0x7bff, 0xfbff}), 0x7bff, "an overflow on the way does no harm");
   expect_equal(sum(DataType::float16, {0x0001, 0x0001}), 0x0002, "subnormal numbers");
   expect_equal(sum(DataType::float16, {0x03ff, 0x0001}), 0x0400, "the largest subnormal and one more");
+});
+
+// Values of a type as bits: 1, the largest, infinity, NaN (the quiet one, and the one with the fewest bits).
+struct Patterns {
+  DataType dtype;
+  std::uint64_t one, largest, infinity, quiet, loud;
+};
+constexpr Patterns patterns[] = {
+    {DataType::float32, 0x3f800000, 0x7f7fffff, 0x7f800000, 0x7fc00000, 0x7f800001},
+    {DataType::float64, 0x3ff0000000000000, 0x7fefffffffffffff, 0x7ff0000000000000, 0x7ff8000000000000,
+     0x7ff0000000000001},
+    {DataType::bfloat16, 0x3f80, 0x7f7f, 0x7f80, 0x7fc0, 0x7f81},
+    {DataType::float16, 0x3c00, 0x7bff, 0x7c00, 0x7e00, 0x7c01},
+};
+
+// `count` ones in each of two sources, but for what `values` says of element `position`.
+bool found(const Isa& isa, const Reduction& reduction, std::uint64_t one, std::size_t count, std::size_t position,
+           std::array<std::uint64_t, 2> values) {
+  const std::size_t width = element_bytes(reduction.dtype);
+  std::array<std::vector<std::byte>, 2> sources;
+  for (std::size_t s = 0; s < 2; ++s) {
+    sources[s].resize(count * width);
+    for (std::size_t i = 0; i < count; ++i) {
+      std::memcpy(sources[s].data() + i * width, i == position ? &values[s] : &one, width);  // little endian
+    }
+  }
+  const std::array<const std::byte*, 2> places{sources[0].data(), sources[1].data()};
+  std::byte* const destination = sources[0].data();
+  return isa.reduce(places, {&destination, 1}, count, reduction);
+}
+
+const Test nonfinite("kernels: an infinity or a NaN at any place is found, if asked for", Runs::alone, [] {
+  for (const Isa& isa : isas()) {
+    for (const auto& [dtype, one, largest, infinity, quiet, loud] : patterns) {
+      const std::string label = std::string(name(dtype)) + ", " + isa.name;
+      const std::uint64_t minus = std::uint64_t{1} << (8 * element_bytes(dtype) - 1);
+      const Reduction checked{.dtype = dtype, .check_finite = true};
+      constexpr std::size_t count = 2048 + 67;  // a block and a tail
+      for (std::size_t position = 0; position < count; ++position) {
+        const std::uint64_t values[] = {infinity, infinity | minus, quiet, loud, quiet | minus};
+        const std::uint64_t value = values[position % 5];
+        expect(found(isa, checked, one, count, position, {one, value}), label + " at " + std::to_string(position));
+      }
+      for (const std::size_t length : {1U, 2U, 7U, 15U, 16U, 33U, 2047U, 2048U, 2049U, 6000U}) {
+        for (const std::size_t position : {std::size_t{0}, length / 2, length - 1}) {
+          for (const std::uint64_t value : {infinity, infinity | minus, quiet, loud}) {
+            expect(found(isa, checked, one, length, position, {value, one}), label + ", short");
+            const Reduction unasked{.dtype = dtype};
+            expect(!found(isa, unasked, one, length, position, {value, one}), label + ", not asked for");
+          }
+          for (const std::uint64_t value : {largest, largest | minus, minus, minus | 1, std::uint64_t{1}}) {
+            expect(!found(isa, checked, one, length, position, {value, 0}), label + ", finite");
+          }
+        }
+      }
+      const auto of_two = [&](ReduceOp op, std::uint64_t a, std::uint64_t b) {
+        const Reduction how{.dtype = dtype, .op = op, .scale = op == ReduceOp::average ? 0.5 : 1.0, .check_finite = true};
+        return found(isa, how, one, 100, 50, {a, b});
+      };
+      expect(of_two(ReduceOp::sum, largest, largest), label + ": a sum of finite values that overflows");
+      expect(of_two(ReduceOp::sum, infinity, infinity | minus), label + ": infinity minus infinity");
+      expect(!of_two(ReduceOp::sum, largest, largest | minus), label + ": a sum of zero");
+      const bool wide = dtype == DataType::float16;  // float32, in which it is added, holds the sum of two
+      expect_equal(of_two(ReduceOp::average, largest, largest), !wide, label + ": an average whose sum overflows");
+      expect(of_two(ReduceOp::average, infinity, one), label + ": an average");
+      expect(of_two(ReduceOp::product, largest, largest), label + ": a product");
+      expect(of_two(ReduceOp::product, infinity, 0), label + ": infinity times zero");
+      expect(!of_two(ReduceOp::min, infinity, one) && of_two(ReduceOp::min, infinity | minus, one), label + ": min");
+      expect(of_two(ReduceOp::max, infinity, one) && !of_two(ReduceOp::max, infinity | minus, one), label + ": max");
+      expect(of_two(ReduceOp::min, quiet, one) && of_two(ReduceOp::max, one, quiet), label + ": NaN goes through");
+    }
+    for (const DataType dtype : {DataType::int32, DataType::int64, DataType::uint8, DataType::boolean}) {
+      expect(!found(isa, {.dtype = dtype, .check_finite = true}, ~0ULL, 100, 0, {~0ULL, 0}), "integers are finite");
+    }
+  }
 });
 
 const Test destinations("kernels: several destinations, one of them a source", Runs::alone, [] {

@@ -93,6 +93,23 @@ const Test barrier("local group: nobody leaves a barrier before all have come", 
   }
 });
 
+// Whatever a fast member brings to its next barriers, a slow one still sees what came to the last.
+const Test flags("local group: a barrier tells whether any member brought a flag", Runs::alone, [] {
+  for (const int size : {1, 2, 3, 4}) {
+    Members members(size);
+    members.run([&](LocalGroup& group, int member) {
+      std::minstd_rand random(static_cast<unsigned>(member));
+      const auto brings = [size](int round, int who) { return round % (size + 2) == who; };  // at most one does
+      for (int round = 0; round < 300; ++round) {
+        auto reached = group.barrier(brings(round, member));
+        members.wait(member, [&reached] { return reached.await_ready(); });
+        if (random() % 16 == 0) std::this_thread::sleep_for(microseconds(200));
+        expect_equal(group.any_flag(), round % (size + 2) < size, "any flag");
+      }
+    });
+  }
+});
+
 const Test scratch("local group: the halves of the scratch memory take turns", Runs::alone, [] {
   for (const int size : {2, 3}) {
     Members members(size);
