@@ -17,7 +17,7 @@ NAMES = [
     "create_distributed_trainer",
 ]
 MEMBERS = ["batches", "close", "split", "train_step"]
-ATTRIBUTES = ["device", "local_rank", "model", "rank", "world_size"]
+ATTRIBUTES = ["device", "local_rank", "model", "num_skipped_steps", "rank", "world_size"]
 
 
 def test_names():
@@ -45,6 +45,7 @@ def test_signatures():
         ("compression", None, True),
         ("shard_optimizer", False, True),
         ("wire_dtype", None, True),
+        ("nonfinite_gradients", "ignore", True),
     ]
     step = inspect.signature(DistributedTrainer.train_step).parameters
     assert list(step) == ["self", "inputs", "targets", "criterion", "optimizer"]

@@ -124,15 +124,26 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         """
         return torch.from_dlpack(self._group.allocate_shared(num_bytes))
 
-    def reduce_shards(self, buffer: Tensor, blocks: Sequence[tuple[int, int]]) -> Work:
+    def sum_and_check(self, buffer: Tensor) -> Work:
+        """Sums over all ranks, in place, as `allreduce` does; `Work.found_nonfinite` tells of the sums. Collective.
+
+        Args:
+            buffer: Contiguous, on the CPU, of a floating type.
+        """
+        operation = self._group.all_reduce(buffer, self._operations.SUM, self._wire_dtype, check_finite=True)
+        return self._start(operation, (buffer,))
+
+    def reduce_shards(self, buffer: Tensor, blocks: Sequence[tuple[int, int]], check_finite: bool = False) -> Work:
         """Sums blocks of a buffer over all ranks; rank r gets the sum of part r of each (`shard_bounds`). Collective.
 
         Args:
             buffer: 1-dimensional, in memory of `allocate`. Afterwards the own parts hold the sums and the rest nothing
                 of use. It may be written again once a later all_reduce of this group is done: peers read it till then.
             blocks: (offset, length) in bytes, the same lengths on every rank.
+            check_finite: For `Work.found_nonfinite`; the same on every rank.
         """
-        return self._start(self._group.reduce_shards(buffer, blocks), (buffer,))
+        operation = self._group.reduce_shards(buffer, blocks, check_finite=check_finite)
+        return self._start(operation, (buffer,))
 
     def gather_shards(self, buffer: Tensor, blocks: Sequence[tuple[int, int]]) -> Work:
         """Completes once the own part (`shard_bounds`) of each block, of every rank, is in the buffer. Collective.

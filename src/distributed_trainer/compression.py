@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .buckets import Bucket
+from .buckets import Bucket, is_finite
 
 MIN_RATIO = 2  # How many times smaller the factors must be than their matrix, or it is sent as it is.
 
@@ -44,7 +44,7 @@ class PowerSGD:
     With one rank nothing is compressed. A rank without samples sends what it kept of earlier steps, and a parameter
     that no rank used keeps it. A gradient that is not finite on any rank becomes NaN as a whole on every rank, and what
     was kept of that matrix is dropped, so that later steps are free of it. Everything that was kept is dropped when a
-    parameter is frozen or unfrozen.
+    parameter is frozen or unfrozen, and when a step is skipped for such a gradient (`nonfinite_gradients`).
 
     Each rank keeps one more copy of the compressed gradients, in float32 for 16-bit parameters, as are the factors.
     """
@@ -69,12 +69,16 @@ def is_compressed(parameter: nn.Parameter, compression: PowerSGD | None) -> bool
 
 
 def make_bucket(
-    group: Any, indices: list[int], parameters: Sequence[nn.Parameter], compression: PowerSGD | None
+    group: Any,
+    indices: list[int],
+    parameters: Sequence[nn.Parameter],
+    compression: PowerSGD | None,
+    check_finite: bool = False,
 ) -> Bucket | LowRankBucket:
     """Makes the bucket for parameters of one kind. Collective over the group, blocks."""
     if compression is not None and is_compressed(parameters[0], compression):
-        return LowRankBucket(group, indices, parameters, compression.rank)
-    return Bucket(group, indices, parameters)
+        return LowRankBucket(group, indices, parameters, compression.rank, check_finite)
+    return Bucket(group, indices, parameters, check_finite)
 
 
 class LowRankBucket:
@@ -87,16 +91,24 @@ class LowRankBucket:
         views: Places of their gradients, of their shapes and strides.
         results: For each of them, the parameter whose `.grad` the sum becomes, and the sum.
         num_missing: How many gradients have not come in this step.
+        gives_parts: As of `Bucket`.
 
     Args:
         group: A process group. Making a bucket is collective over it, and blocks.
         indices: Numbers of the parameters.
         parameters: Those, of one dtype and device.
         rank: Columns of the factors.
+        check_finite: For `found_nonfinite`; the same on every rank.
     """
 
-    def __init__(self, group: Any, indices: list[int], parameters: Sequence[nn.Parameter], rank: int) -> None:
+    gives_parts = False
+
+    def __init__(
+        self, group: Any, indices: list[int], parameters: Sequence[nn.Parameter], rank: int, check_finite: bool = False
+    ) -> None:
         self.indices = indices
+        self._check_finite = check_finite
+        self._found_nonfinite = False
         self.views = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
         self.results = list(zip(parameters, self.views, strict=True))
         self._gradients = [_as_matrix(view) for view in self.views]
@@ -105,8 +117,7 @@ class LowRankBucket:
         self._p = Bucket(group, indices, [error.new_empty(error.shape[0], rank) for error in self._errors])
         self._q = Bucket(group, indices, [error.new_empty(rank, error.shape[1]) for error in self._errors])
         self._own_q: list[Tensor] = []
-        for index, q in zip(indices, self._q.views, strict=True):
-            _draw(q, index)
+        self.forget()
         self.reset()
 
     @property
@@ -117,6 +128,7 @@ class LowRankBucket:
     def reset(self) -> None:
         """Begins a step. Local."""
         self.num_missing = len(self.indices)
+        self._found_nonfinite = False
         self._p.reset()
         self._q.reset()
 
@@ -155,6 +167,7 @@ class LowRankBucket:
                 gradient.fill_(torch.nan)
                 matrix.zero_()
                 _draw(q, index)
+                self._found_nonfinite |= index not in unused
                 continue
             if index not in unused:
                 matrix.addmm_(p, self._own_q[position], alpha=-1)
@@ -163,9 +176,21 @@ class LowRankBucket:
                     torch.mm(p, q, out=product)
                 if product is not gradient:
                     gradient.copy_(product)
+                if self._check_finite and not is_finite(gradient):  # the product may overflow
+                    self._found_nonfinite = True
             if not q.any():
                 _draw(q, index)  # Else the next P would be 0, whatever the gradient.
         self._own_q = []
+
+    def found_nonfinite(self) -> bool:
+        """Whether a sum is infinite or NaN, after `finish`; the same on every rank. Local."""
+        return self._found_nonfinite
+
+    def forget(self) -> None:
+        """Drops what is kept for later steps. Local."""
+        for index, error, q in zip(self.indices, self._errors, self._q.views, strict=True):
+            error.zero_()
+            _draw(q, index)
 
     def close(self) -> None:
         """Gives the factors' memory back. Local."""

@@ -9,7 +9,8 @@ A bucket (`buckets.py`) takes the gradients of consecutive parameters of one kin
 3. A bucket whose gradients have all come is reduced, unless one before it is still incomplete: all ranks issue the same
    buckets in the same order.
 4. `finish` sends what is left, with zeros for what did not come, then what compressed buckets send second
-   (`compression.py`), and waits. A parameter that no rank used has no gradient afterwards.
+   (`compression.py`), and waits. A parameter that no rank used has no gradient afterwards. If asked for, all ranks know
+   then whether any sum is infinite or NaN; most buckets find that out as they are summed.
 
 The first step fills no buckets: it shows in which order gradients arrive, and rank 0's order becomes that of the
 buckets on every rank. Invariant: a bucket's content and its place in the sequence are the same on all ranks.
@@ -18,7 +19,7 @@ buckets on every rank. Invariant: a bucket's content and its place in the sequen
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import gather_objects, message_device
-from .buckets import Bucket
+from .buckets import Bucket, is_finite
 from .compression import LowRankBucket, PowerSGD, is_compressed
 from .compression import make_bucket as compression_bucket
 from .errors import DistributedTrainerError, MismatchError
@@ -58,6 +59,10 @@ class GradientSum:
         process_group: Any of torch's. No one else may call collectives on it.
         compression: The same on every rank.
         make_bucket: In place of those that `compression` asks for: what has their interface.
+        nonfinite_gradients: The trainer's; with "ignore" nobody looks for them. The same on every rank.
+
+    Attributes:
+        found_nonfinite: Whether a gradient of the last step is infinite or NaN. The same on every rank.
     """
 
     def __init__(
@@ -65,10 +70,15 @@ class GradientSum:
         parameters: Iterable[tuple[str, nn.Parameter]],
         process_group: Any,
         compression: PowerSGD | None = None,
-        make_bucket: Callable[[Any, list[int], Sequence[nn.Parameter]], Bucket] | None = None,
+        make_bucket: Callable[..., Bucket] | None = None,
+        nonfinite_gradients: str = "ignore",
     ) -> None:
         self._make_bucket = make_bucket or functools.partial(compression_bucket, compression=compression)
         self._group = process_group
+        # What ranks must agree on, by its name for the user.
+        self._settings = {"compression": compression, "nonfinite_gradients": nonfinite_gradients}
+        self._check_finite = nonfinite_gradients != "ignore"
+        self.found_nonfinite = False
         self._compression = compression
         self._states = [_State(name, parameter) for name, parameter in parameters]
         self._index = {id(state.parameter): index for index, state in enumerate(self._states)}
@@ -119,9 +129,12 @@ class GradientSum:
             Their sums, in float64.
 
         Raises:
-            MismatchError: The ranks' parameters or compressions do not fit together. The same on every rank.
+            MismatchError: The ranks' parameters or settings do not fit together. The same on every rank.
         """
         if self._group.size() == 1:
+            if self._check_finite:
+                gradients = [state.parameter.grad for state in self._states if state.parameter.grad is not None]
+                self.found_nonfinite = not all(is_finite(gradient) for gradient in gradients)
             return numbers
         self._is_active = self._is_in_backward = False
         if not self._buckets:
@@ -139,16 +152,29 @@ class GradientSum:
             bucket.proceed()
         own = [state.is_here and not self._leave_out for state in self._states]
         is_missing = any(needed and not used for needed, used in zip(self._trainable, own, strict=True))
-        *sums, num_missing = self._sum([*numbers, float(is_missing)], torch.float64)
+        has_nonfinite_part = self._check_finite and any(b.gives_parts and b.found_nonfinite() for b in self._buckets)
+        *sums, num_missing, num_parts = self._sum([*numbers, is_missing, has_nonfinite_part], torch.float64)
         num_users = self._sum(own, torch.int32) if num_missing else []
         unused = {index for index, users in enumerate(num_users) if not users}
         for bucket in self._buckets:
             bucket.finish(unused)
+        if self._check_finite:
+            self.found_nonfinite = num_parts > 0 or any(bucket.found_nonfinite() for bucket in self._buckets)
+            if self.found_nonfinite:
+                for bucket in self._buckets:
+                    bucket.forget()
         for bucket in self._buckets:
             for index, (owner, gradient) in zip(bucket.indices, bucket.results, strict=True):
                 self._states[index].parameter.grad = None
                 owner.grad = None if index in unused else gradient
         return sums
+
+    def first_nonfinite(self) -> str:
+        """Name of the first parameter whose gradient is infinite or NaN, if `found_nonfinite`. Collective, blocks."""
+        owners = {index: owner for b in self._buckets for index, (owner, _) in zip(b.indices, b.results, strict=True)}
+        gradients = [owners.get(index, state.parameter).grad for index, state in enumerate(self._states)]
+        counts = self._sum([gradient is not None and not is_finite(gradient) for gradient in gradients], torch.int32)
+        return next(state.name for state, count in zip(self._states, counts, strict=True) if count)
 
     def place_of(self, parameter: nn.Parameter) -> Tensor | None:
         """Where a parameter's gradient of this backward may be computed, instead of in memory of its own. Local.
@@ -238,19 +264,21 @@ class GradientSum:
             (state.name, tuple(state.parameter.shape), state.parameter.dtype, needed)
             for state, needed in zip(self._states, self._trainable, strict=True)
         ]
-        gathered = gather_objects(self._group, (self._arrivals, layout, self._compression))
-        for rank, (_, other, compression) in enumerate(gathered):
+        gathered = gather_objects(self._group, (self._arrivals, layout, self._settings))
+        for rank, (_, other, settings) in enumerate(gathered):
             if other != gathered[0][1]:
                 raise MismatchError(_difference(rank, gathered[0][1], other))
-            if compression != gathered[0][2]:
-                raise MismatchError(
-                    f"compression differs: rank 0 has {gathered[0][2]}, rank {rank} has {compression}. Pass the same "
-                    f"to create_distributed_trainer on every rank."
-                )
+            for name, value in settings.items():
+                if value != gathered[0][2][name]:
+                    raise MismatchError(
+                        f"{name} differs: rank 0 has {gathered[0][2][name]}, rank {rank} has {value}. Pass the same "
+                        f"to create_distributed_trainer on every rank."
+                    )
         order = gathered[0][0]
         order = order + [index for index in reversed(trainable) if index not in set(order)]
         for run in self._runs(order):
-            bucket = self._make_bucket(self._group, run, [self._states[index].parameter for index in run])
+            parameters = [self._states[index].parameter for index in run]
+            bucket = self._make_bucket(self._group, run, parameters, check_finite=self._check_finite)
             for index, view in zip(run, bucket.views, strict=True):
                 self._states[index].bucket, self._states[index].view = len(self._buckets), view
             self._buckets.append(bucket)

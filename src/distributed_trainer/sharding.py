@@ -8,7 +8,8 @@ a node have one copy of the weights, in shared memory. One step:
 1. Gradients are copied to their buckets as ever, but a bucket is reduced to shards: each rank gets the sum of its own.
 2. Commit point: the sum of the losses comes behind the last bucket, and needs a number of every rank, which that gives
    when its backward is over and its shards are reduced. So a rank that has the sum may update its shards: no other rank
-   reads weights any more, and none still needs its buckets.
+   reads weights any more, and none still needs its buckets. If asked, a rank waits for its sums before it gives that
+   number, and adds whether any of them is infinite or NaN.
 3. The user's optimizer steps; its groups hold the shards.
 4. `gather_shards` ends when all ranks have called it, having updated theirs; between nodes it brings them across. So a
    rank that returns from the step reads whole weights, and they stay as they are until it takes part in the next
@@ -155,9 +156,12 @@ class ShardedOptimizer:
             self._shards.append(_Shard(name, parameter, view.data_ptr(), (offset, block.numel()), bounds, own))
         self._by_id = {id(key): shard for shard in self._shards for key in (shard.parameter, shard.own)}
 
-    def make_bucket(self, group: Any, indices: list[int], parameters: Sequence[nn.Parameter]) -> Bucket:
+    def make_bucket(
+        self, group: Any, indices: list[int], parameters: Sequence[nn.Parameter], check_finite: bool
+    ) -> Bucket:
         """A bucket that is reduced to shards, whose `.grad` it sets. Collective, blocks."""
-        return _ShardedBucket([self._by_id[id(parameter)] for parameter in parameters], group, indices, parameters)
+        shards = [self._by_id[id(parameter)] for parameter in parameters]
+        return _ShardedBucket(shards, group, indices, parameters, check_finite)
 
     def parameter_of(self, parameter: Tensor) -> Tensor:
         """The model's parameter of which this is the shard; what is no shard itself. Local."""
@@ -270,10 +274,17 @@ class ShardedOptimizer:
 class _ShardedBucket(Bucket):
     """A bucket whose reduction leaves each rank the sum of its own shards, as their `.grad`."""
 
+    gives_parts = True
+
     def __init__(
-        self, shards: Sequence[_Shard], group: Any, indices: list[int], parameters: Sequence[nn.Parameter]
+        self,
+        shards: Sequence[_Shard],
+        group: Any,
+        indices: list[int],
+        parameters: Sequence[nn.Parameter],
+        check_finite: bool,
     ) -> None:
-        super().__init__(group, indices, parameters)
+        super().__init__(group, indices, parameters, check_finite)
         width = self._buffer.element_size()
         self._blocks = [
             (start * width, parameter.numel() * width)
@@ -285,7 +296,11 @@ class _ShardedBucket(Bucket):
         ]
 
     def start(self) -> None:
-        self._work = self._group.reduce_shards(self._buffer, self._blocks)
+        self._work = self._group.reduce_shards(self._buffer, self._blocks, self._check_finite)
+
+    def proceed(self) -> None:
+        if self._check_finite:  # what this rank finds goes to the others with the commit point
+            self._work.wait()
 
     def close(self) -> None:
         for owner, _ in self.results:

@@ -42,6 +42,7 @@ logger = logging.getLogger("distributed_trainer")
 # What ranks with parts tell each other before a step: number of samples, weight.
 _PART_HEADER = struct.Struct("<dd")
 _WIRE_DTYPES = ("bfloat16", "float16")
+_NONFINITE_POLICIES = ("ignore", "skip", "raise")
 
 
 def create_distributed_trainer(
@@ -55,6 +56,7 @@ def create_distributed_trainer(
     compression: PowerSGD | None = None,
     shard_optimizer: bool = False,
     wire_dtype: str | None = None,
+    nonfinite_gradients: str = "ignore",
 ) -> DistributedTrainer:
     """Makes a trainer for `model`. Collective: every rank calls it, with the same model; blocks.
 
@@ -84,6 +86,11 @@ def create_distributed_trainer(
             machine's sum is rounded to it, these sums are added in float32, and the result is rounded to it once more.
             All ranks still get the same bits. float16 overflows above 65504. On one machine it changes nothing. None:
             float32.
+        nonfinite_gradients: What a step does if a gradient, summed over all ranks, has an infinite or NaN element.
+            "ignore" does not look, as plain torch does not. "skip" leaves parameters and optimizer as they are, on
+            every rank; rank 0 warns the first time, and `num_skipped_steps` counts. "raise" raises FloatingPointError
+            on every rank, with parameters and optimizer as they were. What forward has changed stays changed
+            (BatchNorm's running statistics, other buffers), as when torch's GradScaler skips a step.
 
     Raises:
         TypeError, ValueError: An argument is not what is described here.
@@ -105,7 +112,12 @@ def create_distributed_trainer(
         raise ValueError("pass compression or shard_optimizer, not both: shards are summed exactly")
     if wire_dtype is not None and shard_optimizer:
         raise ValueError("pass wire_dtype or shard_optimizer, not both: shards are summed exactly")
-    options = _Options(split_batches, sync_batchnorm, compression, shard_optimizer, process_group is None)
+    if nonfinite_gradients not in _NONFINITE_POLICIES:
+        policies = ", ".join(_NONFINITE_POLICIES)
+        raise ValueError(f"nonfinite_gradients must be one of {policies}, not {nonfinite_gradients!r}")
+    options = _Options(
+        split_batches, sync_batchnorm, compression, shard_optimizer, nonfinite_gradients, process_group is None
+    )
     if process_group is not None:
         if comm is not None:
             raise ValueError("pass comm or process_group, not both")
@@ -158,6 +170,7 @@ class _Options:
     sync_batchnorm: bool
     compression: PowerSGD | None
     shard_optimizer: bool
+    nonfinite_gradients: str
     owns_groups: bool
     """Nobody else uses the process groups, so they end with the trainer."""
 
@@ -171,6 +184,8 @@ class DistributedTrainer:
         world_size: Number of ranks.
         local_rank: This process's number on its machine.
         device: Where this rank's model is.
+        num_skipped_steps: Steps that changed no parameter, since a gradient was infinite or NaN; the same on every
+            rank. Only with `nonfinite_gradients="skip"`.
     """
 
     def __init__(
@@ -190,6 +205,8 @@ class DistributedTrainer:
         self.world_size: int = self._group.size()
         self.local_rank = local_rank
         self.device = device
+        self.num_skipped_steps = 0
+        self._num_steps = 0
         self._options = options
         self._is_closed = False
         self._is_out_of_data = False
@@ -205,7 +222,9 @@ class DistributedTrainer:
         if options.shard_optimizer and self.world_size > 1:
             self._sharded = ShardedOptimizer(model, gradient_group, self._group)
             make_bucket = self._sharded.make_bucket
-        self._gradients = GradientSum(model.named_parameters(), gradient_group, options.compression, make_bucket)
+        self._gradients = GradientSum(
+            model.named_parameters(), gradient_group, options.compression, make_bucket, options.nonfinite_gradients
+        )
         self._direct = DirectLinear(model, self._gradients) if self.world_size > 1 else None
         sync_batchnorm = options.sync_batchnorm
         self._batchnorm = GlobalBatchNorm(model, self._group) if sync_batchnorm and self.world_size > 1 else None
@@ -241,6 +260,8 @@ class DistributedTrainer:
             TypeError, ValueError: An argument is not what is described here. Raised before any communication.
             MismatchError: With whole batches, the ranks' batches differ. The same on every rank, before any has
                 changed its parameters.
+            FloatingPointError: A gradient is infinite or NaN, with `nonfinite_gradients="raise"`. The same on every
+                rank; no parameter has changed, and training can go on.
             DistributedTrainerError: A rank has left the job or closed its trainer, or the transport failed.
         """
         self._check_arguments(criterion, optimizer)
@@ -257,13 +278,17 @@ class DistributedTrainer:
             loss.backward()
         own_loss = 0.0 if part.is_ghost else loss.item()
         total_loss, has_changed_buffers = self._gradients.finish([own_loss, self._buffers.have_changed()])
-        if self._sharded is None:
-            optimizer.step()
-        else:
-            self._sharded.step(optimizer)
-        self._note_optimizer(optimizer)
+        self._num_steps += 1
+        if not self._gradients.found_nonfinite:
+            if self._sharded is None:
+                optimizer.step()
+            else:
+                self._sharded.step(optimizer)
+            self._note_optimizer(optimizer)
         if has_changed_buffers:
             self._buffers.share(part.source)
+        if self._gradients.found_nonfinite:
+            self._report_nonfinite()
         return torch.tensor(total_loss, dtype=loss.dtype, device=loss.device)
 
     def split(self, batch: Any) -> Any:
@@ -396,6 +421,19 @@ class DistributedTrainer:
                     type(optimizer).__name__,
                 )
         self._known_optimizers.add(optimizer)
+
+    def _report_nonfinite(self) -> None:
+        """Counts a skipped step, or raises. Collective, blocks."""
+        skips = self._options.nonfinite_gradients == "skip"
+        self.num_skipped_steps += skips
+        if skips and self.num_skipped_steps > 1:
+            return
+        name = self._gradients.first_nonfinite()
+        text = f"step {self._num_steps}: the gradient of {name} is infinite or NaN, so no parameter was changed."
+        if not skips:
+            raise FloatingPointError(text)
+        if self.rank == 0:
+            logger.warning("%s Further steps like it are skipped and counted in num_skipped_steps.", text)
 
     def _note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self._last_optimizer is None or self._last_optimizer[0]() is not optimizer:

@@ -106,6 +106,17 @@ class Work(dist.Work):
 
     _source_rank = source_rank
 
+    def found_nonfinite(self) -> bool:
+        """Whether the sums hold an infinity or NaN. Waits.
+
+        Of `sum_and_check` every rank gets the same answer, of `reduce_shards` each that for its own parts.
+
+        Raises:
+            ValueError: The collective was not asked to check.
+        """
+        self.wait()
+        return self._operations[0].found_nonfinite()
+
     def get_future(self) -> torch.futures.Future:
         """A future of the caller's tensors, completed by a thread of its own. Local; blocks if called in that thread.
 

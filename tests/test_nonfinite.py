@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients that are infinite or NaN: every rank does the same about them, and what one process would do."""
+
+import contextlib
+import copy
+import gc
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import everywhere, on_ranks, one_node
+from test_compression import COMPRESSED, Net, Simulation, assert_close
+from test_compression import batch as images
+from torch import nn
+
+from distributed_trainer import MismatchError, create_distributed_trainer, gradients
+from distributed_trainer.buckets import is_finite
+from distributed_trainer.compression import PowerSGD
+
+several = on_ranks(2, 3, 4, (2, 1), (3, 2), (4, 2))
+F64 = torch.float64
+MODES = {"plain": {}, "sharded": {"shard_optimizer": True}, "compressed": {"compression": PowerSGD(rank=1)}}
+MEAN = nn.MSELoss()
+
+
+class WithNorm(nn.Module):
+    """Linear layers, some of whose weights are compressed, a BatchNorm, and a buffer that counts the forwards."""
+
+    def __init__(self, dtype=F64, width=16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            *(nn.Linear(8, width), nn.BatchNorm1d(width), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
+        ).to(dtype)
+        self.register_buffer("num_calls", torch.zeros((), dtype=torch.int64))
+        self.increment = 1
+
+    def forward(self, x):
+        self.num_calls += self.increment
+        return self.layers(x)
+
+
+def batch(seed, num_samples=9, dtype=F64):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(num_samples, n, generator=generator).to(dtype) for n in (8, 3))
+
+
+def spoiled(seed, sample, value, **options):
+    """A batch whose loss, and so every gradient, is not finite, by one sample; what forward computes is."""
+    x, y = batch(seed, **options)
+    y[sample, 0] = value
+    return x, y
+
+
+def adam(model):
+    return torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+def plain_step(model, optimizer, x, y):
+    """One process that skips a step whose gradients are not finite. Returns the loss."""
+    optimizer.zero_grad()
+    loss = MEAN(model(x), y)
+    loss.backward()
+    if all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+        optimizer.step()
+    return loss.detach()
+
+
+def bits(model):
+    return [tensor.detach().reshape(-1).view(torch.uint8).tolist() for tensor in model.state_dict().values()]
+
+
+def assert_same_model(model, reference, tolerance=1e-9):
+    for (name, tensor), expected in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def spoil(parameter, value=torch.nan):
+    """Makes one element of its gradient on this rank `value`, until the result is removed."""
+
+    def hook(gradient):
+        gradient = gradient.clone()
+        gradient.view(-1)[-1] = value
+        return gradient
+
+    return parameter.register_hook(hook)
+
+
+def same_message(world, error):
+    (message,) = set(world.gather(str(error.value)))
+    return message
+
+
+@contextlib.contextmanager
+def gloo(world, tmp_path):
+    store = dist.FileStore(world.comm.bcast(str(tmp_path / "store")), world.size)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+    try:
+        yield {"process_group": dist.group.WORLD}
+    finally:
+        dist.destroy_process_group()
+        gc.collect()
+
+
+# ---- what a group says of its sums
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16], ids=str)
+def test_sum_and_check(world, dtype):
+    """The sums of allreduce, and on every rank what any rank's value makes of them."""
+    group = world.group()
+    memory = group.allocate(10_007 * 8).view(dtype)
+    for count in (1, 5, 10_007):
+        for culprit, value in [(None, 0), *((rank, v) for rank in range(world.size) for v in (torch.inf, torch.nan))]:
+            own = torch.randn(count, generator=torch.Generator().manual_seed(world.rank)).to(dtype)
+            if world.rank == culprit:
+                own[count // 2] = value
+            expected = own.clone()
+            group.allreduce([expected]).wait()
+            for buffer in (own.clone(), memory[:count].copy_(own)):
+                work = group.sum_and_check(buffer)
+                work.wait()
+                assert work.found_nonfinite() == (culprit is not None)
+                assert torch.equal(buffer.view(torch.uint8), expected.view(torch.uint8))
+
+
+@everywhere
+def test_not_asked(world):
+    group = world.group()
+    work = group.allreduce([torch.ones(3)])
+    work.wait()
+    with pytest.raises(ValueError, match=r"all_reduce\(sum, 3 float32\) is not done, or was not asked"):
+        work.found_nonfinite()
+
+
+@several
+def test_disagreement(world):
+    group = world.group()
+    call = group.sum_and_check if world.rank == 1 else lambda buffer: group.allreduce([buffer])
+    with pytest.raises(MismatchError) as error:
+        call(torch.ones(4)).wait()
+    message = same_message(world, error)
+    assert "rank 0 calls all_reduce(sum, 4 float32), rank 1 calls all_reduce(sum, 4 float32, checked)" in message
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16], ids=str)
+def test_is_finite(dtype, value):
+    for count in (1, 7, 64, 1001):
+        tensor = torch.full((count,), torch.finfo(dtype).max, dtype=dtype)
+        assert is_finite(tensor)
+        assert is_finite(-tensor)
+        for position in {0, count // 2, count - 1}:
+            spoiled_one = tensor.clone()
+            spoiled_one[position] = value
+            assert not is_finite(spoiled_one)
+            assert not is_finite(spoiled_one.view(1, -1).T)
+    assert is_finite(torch.empty(0, dtype=dtype))
+    assert not is_finite(torch.tensor(value, dtype=dtype, requires_grad=True))
+
+
+# ---- "skip"
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 4 << 20])
+@pytest.mark.parametrize("mode", ["plain", "sharded"])
+@everywhere
+def test_skip(world, monkeypatch, mode, bucket_bytes):
+    """One sample's NaN or infinity: all ranks end with the parameters, state and buffers of one process that skips."""
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", bucket_bytes)
+    model, reference = WithNorm(), WithNorm()
+    trainer = create_distributed_trainer(model, nonfinite_gradients="skip", **MODES[mode])
+    optimizer, expected = adam(model), adam(reference)
+    # The first step, which fills no bucket before its end; two in a row; samples of every rank.
+    steps = {0: 0, 3: 8, 4: 4, 6: 3, 8: 6}  # and the sample
+    for step in range(11):
+        x, y = batch(step, num_samples=2 if step == 9 else 9)
+        if step in steps:
+            x, y = spoiled(step, steps[step], (torch.nan, torch.inf)[step % 2])
+        before = bits(model.layers[0])
+        loss = trainer.train_step(x, y, MEAN, optimizer)
+        torch.testing.assert_close(loss, plain_step(reference, expected, x, y), rtol=1e-9, atol=0, equal_nan=True)
+        assert (bits(model.layers[0]) == before) == (step in steps)
+    assert trainer.num_skipped_steps == len(steps)
+    assert len({str(other) for other in world.gather(bits(model))}) == 1
+    assert_same_model(model, reference)
+    state = optimizer.state_dict()["state"]
+    assert all(entry["step"] == 11 - len(steps) for entry in state.values())
+    trainer.close()
+
+
+@several
+def test_one_warning(world, caplog):
+    """On rank 0, with the number of the step and the first parameter's name."""
+    model = WithNorm()
+    trainer = create_distributed_trainer(model, nonfinite_gradients="skip")
+    optimizer = adam(model)
+    with caplog.at_level(logging.WARNING, logger="distributed_trainer"):
+        for step in range(5):
+            hooks = []
+            if step in (2, 4) and world.rank == world.size - 1:
+                hooks = [spoil(model.layers[2].bias), spoil(model.layers[4].weight)]
+            trainer.train_step(*batch(step), MEAN, optimizer)
+            for hook in hooks:
+                hook.remove()
+    assert trainer.num_skipped_steps == 2
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (world.rank == 0)
+    assert all("step 3: the gradient of layers.2.bias is infinite or NaN" in message for message in messages)
+    trainer.close()
+
+
+@pytest.mark.parametrize("mode", ["plain", "sharded"])
+@several
+def test_direct_gradients(world, mode):
+    """Weight gradients that are computed in the buckets."""
+    model, reference = WithNorm(torch.float32, width=256), WithNorm(torch.float32, width=256)
+    trainer = create_distributed_trainer(model, nonfinite_gradients="skip", **MODES[mode])
+    assert trainer._direct._layers == [model.layers[2]]
+    optimizer, expected = (torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, reference))
+    for step in range(6):
+        make = spoiled if step in (1, 4) else batch
+        x, y = make(step, *((step, torch.inf) if make is spoiled else ()), dtype=torch.float32)
+        trainer.train_step(x, y, MEAN, optimizer)
+        plain_step(reference, expected, x, y)
+    assert trainer.num_skipped_steps == 2
+    assert_same_model(model, reference, 1e-5)
+    trainer.close()
+
+
+@several
+def test_compressed(world):
+    """A skipped step leaves nothing behind: the next ones are those of a run that begins there, in every matrix."""
+    model, reference = Net(), Net()
+    trainer = create_distributed_trainer(model, compression=PowerSGD(rank=2), nonfinite_gradients="skip")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer.train_step(*images(12, seed=0), MEAN, optimizer)
+    for number, (name, value) in enumerate([("first.weight", torch.nan), ("last.bias", torch.inf)]):
+        before = bits(model)
+        hook = spoil(model.get_parameter(name), value) if world.rank == 1 else None
+        x, y = images(12, seed=1)
+        trainer.train_step(x, y * 1e9, MEAN, optimizer)
+        if hook is not None:
+            hook.remove()
+        assert trainer.num_skipped_steps == number + 1
+        assert bits(model) == before
+        again = Simulation(reference, world.size, rank=2)
+        for seed in (2, 3):
+            reference.load_state_dict(model.state_dict())
+            trainer.train_step(*images(12, seed=seed), MEAN, optimizer)
+            for other, expected in again.gradients(reference, *images(12, seed=seed)).items():
+                assert_close(model.get_parameter(other).grad, expected, 1e-11, other)
+    assert COMPRESSED[1] == "first.weight"
+    trainer.close()
+
+
+class Overflow(nn.Module):
+    """Its gradients are `value` times the number of samples, exactly, in float16."""
+
+    def __init__(self, value, shape=(64, 64)):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=torch.float16))
+        self.value = value
+
+    def forward(self, x):
+        return (self.weight * self.value).sum() + 0 * x.sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@several
+def test_overflow(world, mode):
+    """Every rank's gradient is finite, and their sum is not, or just still is."""
+    for value, skips in [(60_000.0, False), (70_000.0, True)]:
+        model = Overflow(value / world.size)
+        trainer = create_distributed_trainer(model, nonfinite_gradients="skip", split_batches=False, **MODES[mode])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+
+        def total(outputs, _):
+            return outputs
+
+        total.reduction = "sum"
+        trainer.train_step(torch.zeros(1, 1), torch.zeros(1, 1), total, optimizer)
+        assert trainer.num_skipped_steps == skips
+        assert bool(model.weight.any()) != skips
+        trainer.close()
+
+
+@on_ranks((2, 1), (3, 1), (4, 2))
+def test_overflow_between_nodes(world):
+    """What counts is what the weights would get: float16 on the wire does not hold the sum."""
+    for wire_dtype, skips in [("float16", True), ("bfloat16", False), (None, False)]:
+        model = Overflow(70_000.0 / world.size).float()
+        trainer = create_distributed_trainer(
+            model, nonfinite_gradients="skip", split_batches=False, wire_dtype=wire_dtype
+        )
+
+        def total(outputs, _):
+            return outputs
+
+        total.reduction = "sum"
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+        trainer.train_step(torch.zeros(1, 1), torch.zeros(1, 1), total, optimizer)
+        assert trainer.num_skipped_steps == skips
+        trainer.close()
+
+
+class SometimesUsed(nn.Module):
+    """`extra` is used for samples whose first feature is large, `never` for none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.main, self.extra, self.never = (nn.Linear(8, 3, dtype=F64) for _ in range(3))
+
+    def forward(self, x):
+        is_large = x[:, :1] > 50
+        return self.main(x) + is_large * self.extra(x) if is_large.any() else self.main(x)
+
+
+@pytest.mark.parametrize("mode", ["plain", "sharded"])
+@everywhere
+def test_unused(world, mode):
+    """A parameter that one rank uses counts, one that no rank uses does not."""
+    model, reference = SometimesUsed(), SometimesUsed()
+    trainer = create_distributed_trainer(model, nonfinite_gradients="skip", **MODES[mode])
+    optimizer, expected = adam(model), adam(reference)
+    for step in range(8):
+        x, y = batch(step)
+        if step % 2:
+            x[step, 0] = 60.0
+        hooks = [spoil(m.extra.weight) for m in (model, reference)] if step in (1, 2, 5) else []
+        trainer.train_step(x, y, MEAN, optimizer)
+        plain_step(reference, expected, x, y)
+        for hook in hooks:
+            hook.remove()
+    assert trainer.num_skipped_steps == 2
+    assert_same_model(model, reference)
+    trainer.close()
+
+
+# ---- "raise"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@everywhere
+def test_raise(world, mode):
+    """Whichever parameter it is: one sentence, parameters and state as they were; and training goes on."""
+    model = WithNorm()
+    model.increment += world.rank  # the buffer becomes rank 0's after each step
+    trainer = create_distributed_trainer(model, nonfinite_gradients="raise", **MODES[mode])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trainer.train_step(*batch(0), MEAN, optimizer)
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        before, state = bits(model.layers[0]), copy.deepcopy(optimizer.state_dict())
+        hook = spoil(parameter, -torch.inf) if world.rank == number % world.size else None
+        with pytest.raises(FloatingPointError) as error:
+            trainer.train_step(*batch(number), MEAN, optimizer)
+        if hook is not None:
+            hook.remove()
+        step = 2 + 2 * number
+        message = same_message(world, error)
+        assert message == f"step {step}: the gradient of {name} is infinite or NaN, so no parameter was changed."
+        assert bits(model.layers[0]) == before
+        assert str(optimizer.state_dict()) == str(state)
+        assert len({str(other) for other in world.gather(bits(model))}) == 1
+        trainer.train_step(*batch(number + 1), MEAN, optimizer)
+        assert bits(model.layers[0]) != before
+        assert len({str(other) for other in world.gather(bits(model))}) == 1
+    assert trainer.num_skipped_steps == 0
+    trainer.close()
+
+
+# ---- "ignore", other process groups, one rank
+
+
+@pytest.mark.parametrize("mode", ["plain", "sharded"])
+@everywhere
+def test_ignore(world, mode):
+    """What plain torch does: the NaN goes to the parameters. Nothing is checked."""
+    model = WithNorm()
+    trainer = create_distributed_trainer(model, **MODES[mode])
+    trainer.train_step(*spoiled(0, 4, torch.nan), MEAN, adam(model))
+    assert all(parameter.isnan().any() for parameter in model.parameters())
+    assert trainer.num_skipped_steps == 0
+    for bucket in trainer._gradients._buckets:
+        with pytest.raises(ValueError, match="was not asked to check"):
+            bucket._work.found_nonfinite()
+    trainer.close()
+
+
+@one_node
+def test_process_group_of_torch(world, tmp_path):
+    """gloo does not look, so torch does: skips and raises as ever."""
+    with gloo(world, tmp_path) as options:
+        model, reference = WithNorm(), WithNorm()
+        trainer = create_distributed_trainer(model, nonfinite_gradients="skip", **options)
+        optimizer, expected = adam(model), adam(reference)
+        for step in range(6):
+            x, y = spoiled(step, 4 * (step == 1), torch.inf) if step in (1, 4) else batch(step)
+            trainer.train_step(x, y, MEAN, optimizer)
+            plain_step(reference, expected, x, y)
+        assert trainer.num_skipped_steps == 2
+        assert_same_model(model, reference)
+        trainer.close()
+        trainer = create_distributed_trainer(model, nonfinite_gradients="raise", **options)
+        with pytest.raises(FloatingPointError) as error:
+            trainer.train_step(*spoiled(0, 8, torch.nan), MEAN, optimizer)
+        assert "step 1: the gradient of layers.0.weight is" in same_message(world, error)
+        trainer.close()
+
+
+@on_ranks(1)
+def test_sparse_gradient(world):
+    """One rank leaves gradients as torch makes them."""
+    model = nn.Embedding(5, 3, sparse=True)
+    trainer = create_distributed_trainer(model, nonfinite_gradients="skip")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for targets, num_skipped in [(torch.zeros(2, 3), 0), (torch.full((2, 3), torch.inf), 1), (torch.zeros(2, 3), 1)]:
+        trainer.train_step(torch.tensor([1, 1]), targets, MEAN, optimizer)
+        assert trainer.num_skipped_steps == num_skipped
+    trainer.close()
+
+
+@several
+def test_policies_differ(world):
+    model = WithNorm()
+    policy = ("skip", "raise")[world.rank == 1]
+    trainer = create_distributed_trainer(model, nonfinite_gradients=policy)
+    with pytest.raises(MismatchError) as error:
+        trainer.train_step(*batch(0), MEAN, adam(model))
+    assert "nonfinite_gradients differs: rank 0 has skip, rank 1 has raise" in same_message(world, error)
+    trainer.close()
+
+
+def test_refused():
+    for policy in (None, True, "warn", ["skip"]):
+        with pytest.raises(ValueError, match="nonfinite_gradients must be one of ignore, skip, raise, not"):
+            create_distributed_trainer(nn.Linear(2, 2), nonfinite_gradients=policy)
