@@ -5,7 +5,7 @@ A bucket (`buckets.py`) takes the gradients of consecutive parameters of one kin
 
 1. `start` forgets what arrived before.
 2. As soon as autograd has finished a gradient, a hook copies it to its place in its bucket, once, while it is warm in
-   the cache, and makes that place the parameter's `.grad`.
+   the cache, and makes that place the parameter's `.grad`. What was computed there (`place_of`) is not copied.
 3. A bucket whose gradients have all come is reduced, unless one before it is still incomplete: all ranks issue the same
    buckets in the same order.
 4. `finish` sends what is left, with zeros for what did not come, then what compressed buckets send second
@@ -45,9 +45,9 @@ class _State:
     bucket: int = -1
     view: Tensor | None = None
     is_here: bool = False
-    """In its bucket, or in the first step in `.grad`."""
-    is_counted: bool = False
-    """Whole, as far as is known: its hook has run."""
+    """Its hook has run: it is in its bucket, or in the first step in `.grad`."""
+    is_placed: bool = False
+    """Some of it, or all, was computed in its place in the bucket."""
     hook: Any = field(default=None, repr=False)
 
 
@@ -98,7 +98,7 @@ class GradientSum:
         """
         for state in self._states:
             state.parameter.grad = None
-            state.is_here = state.is_counted = False
+            state.is_here = state.is_placed = False
         if self._group.size() == 1:
             return
         trainable = [state.parameter.requires_grad for state in self._states]
@@ -177,21 +177,16 @@ class GradientSum:
         return next(state.name for state, count in zip(self._states, counts, strict=True) if count)
 
     def place_of(self, parameter: nn.Parameter) -> Tensor | None:
-        """Where a parameter's gradient of this backward may be computed, instead of in memory of its own. Local.
+        """Memory in which a gradient of the parameter may be computed in this backward; given once in a step. Local.
 
-        None where it must come through autograd. `placed` follows.
+        What is there when autograd has finished the gradient, and is all of it, needs no copy. None where the gradient
+        must have memory of its own.
         """
         state = self._states[self._index[id(parameter)]]
-        return None if not self._is_in_backward or self._leave_out or state.is_here else state.view
-
-    def placed(self, parameter: nn.Parameter) -> None:
-        """Says that the gradient is in its place. Local.
-
-        The hook runs afterwards all the same, when autograd has added what comes from elsewhere, which may be nothing.
-        """
-        state = self._states[self._index[id(parameter)]]
-        parameter.grad = state.view
-        state.is_here = True
+        if not self._is_in_backward or self._leave_out or state.is_placed or state.is_here or state.view is None:
+            return None
+        state.is_placed = True
+        return state.view.detach()  # a tensor that nobody else holds: autograd makes such a one `.grad` as it is
 
     def close(self) -> None:
         """Lets go of the parameters. Local."""
@@ -225,7 +220,7 @@ class GradientSum:
         if not self._is_active:
             return
         state = self._states[index]
-        if state.is_counted:
+        if state.is_here:
             # A second contribution of the same backward, as with reentrant checkpointing. Autograd has added it to
             # the place in the bucket, which is right until the bucket was sent.
             if self._buckets and self._buckets[state.bucket].is_started:
@@ -234,9 +229,9 @@ class GradientSum:
                     f"non-reentrant activation checkpointing (use_reentrant=False)."
                 )
             return
-        if self._buckets and not state.is_here:
+        if self._buckets:
             self._take(state, state.view)
-        state.is_counted = state.is_here = True
+        state.is_here = True
         self._arrivals.append(index)
         if not self._buckets:
             return
@@ -246,10 +241,11 @@ class GradientSum:
             self._num_started += 1
 
     def _take(self, state: _State, view: Tensor) -> None:
+        gradient = state.parameter.grad
         if self._leave_out:
             view.zero_()
-        else:
-            view.copy_(state.parameter.grad)
+        elif not (state.is_placed and gradient.data_ptr() == view.data_ptr()):
+            view.copy_(gradient)
         state.parameter.grad = view
 
     def _sum(self, values: list[Any], dtype: torch.dtype) -> list[Any]:
