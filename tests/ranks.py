@@ -314,6 +314,12 @@ class Rank:
         hook = self._config.hook
         self._reports.append(hook.pytest_report_to_serializable(config=self._config, report=report))
 
+    def shared_folder(self) -> Path:
+        """A folder of the test that is running, the same on all ranks."""
+        folder = self.folder / f"shared-{self._num_tests}"
+        folder.mkdir(exist_ok=True)
+        return folder
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self) -> Iterator[None]:
         result = yield

@@ -18,12 +18,14 @@ from urllib.parse import parse_qs, urlsplit
 
 import torch
 import torch.distributed as dist
+from torch._C._dynamo import eval_frame
 
 from . import devices, launch, library
 from .backend import ProcessGroupShmpi, gather_objects
 from .errors import LaunchError
 from .inner import ProcessGroupShmpiWithInner
 from .store import MPIStore
+from .work import Work
 
 logger = logging.getLogger("distributed_trainer")
 
@@ -225,6 +227,19 @@ def register() -> None:
         return (_rendezvous if is_by_mpi else from_environment)(url, **options)
 
     handlers["env"] = env_or_mpi
+    _hide_from_dynamo(ProcessGroupShmpi, ProcessGroupShmpiWithInner, Work)
+
+
+def _hide_from_dynamo(*classes: type) -> None:
+    """Has torch.compile leave functions of classes, and what these call, as they are.
+
+    It would try each that runs while a compiled model does, called from DistributedDataParallel's C++, and can't.
+    `torch.compiler.disable` says the same, but imports the compiler, which takes a second.
+    """
+    strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+    for function in (value for one in classes for value in vars(one).values()):
+        if (code := getattr(function, "__code__", None)) is not None:
+            eval_frame.set_code_exec_strategy(code, strategy)
 
 
 def _summary(module: Any, nodes: list[int], device: torch.device, threads: str) -> str:
