@@ -15,7 +15,7 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
 # Tests of what cannot depend on the MPI run under one.
-ANY_MPI := batchnorm compression criterion data devices direct direct_linear layers public_api readme
+ANY_MPI := batchnorm compression criterion data devices direct direct_linear layers public_api readme ddp fsdp parallel state
 
 .PHONY: help demo test test-engine test-engine-threads test-long lint bench build build-openmpi build-mpich wheel clean
 
