@@ -303,6 +303,27 @@ def test_survives_its_shell(run, tmp_path):
         time.sleep(0.05)
 
 
+def test_threads_at_the_end(run):
+    """Daemon threads may be inside the engine when Python ends, which is no fault."""
+    script = """
+import threading
+from distributed_trainer import job
+
+engine = job.start(None, None).engine
+operation = engine.create_group([0]).barrier()
+
+def use():
+    while True:
+        operation.wait(0)
+
+for _ in range(6):
+    threading.Thread(target=use, daemon=True).start()
+time.sleep(0.2)
+"""
+    job = run(script, 1, [sys.executable, "train.py"])
+    assert (job.exit_code(), job.err) == (0, "")
+
+
 def test_restart_under_mpirun(run):
     """Plain python with num_gpus=2 becomes mpirun, with its options and arguments, in the folder where it began."""
     script = """

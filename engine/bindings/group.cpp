@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/gil.hpp"
 #include "bindings/tensor.hpp"
 #include "collectives/parts.hpp"
 
@@ -38,7 +39,7 @@ bool wait(const Pending& pending, std::optional<double> timeout_seconds) {
     if (timeout_seconds) slice = std::min(slice, duration_cast<microseconds>(deadline - steady_clock::now()));
     bool done = false;
     {
-      const nb::gil_scoped_release release;
+      const GilRelease release;
       done = pending.engine->wait(*pending.operation, std::max(slice, microseconds(0)));
     }
     if (done) break;
@@ -81,7 +82,7 @@ DataType dtype_of_parts(nb::handle tensors) {
 
 template <class Call>
 Pending released(const EngineGroup& group, Call&& call) {
-  const nb::gil_scoped_release release;
+  const GilRelease release;
   return {group.engine, call(*group.engine, *group.group)};
 }
 
@@ -96,7 +97,7 @@ void bind_group(nb::module_& m) {
            "and called with check_finite=True.")
       .def("is_done", [](const Pending& pending) {
         if (!pending.operation->is_done()) {
-          const nb::gil_scoped_release release;
+          const GilRelease release;
           pending.engine->poll();
         }
         return pending.operation->is_done();
@@ -114,7 +115,7 @@ void bind_group(nb::module_& m) {
           [](const EngineGroup& self, std::size_t num_bytes) {
             std::shared_ptr<const Allocation> allocation;
             {
-              const nb::gil_scoped_release release;
+              const GilRelease release;
               allocation = self.engine->allocate(*self.group, num_bytes);
             }
             const auto block = (*allocation)[static_cast<std::size_t>(self.group->local().rank())].bytes();
@@ -129,7 +130,7 @@ void bind_group(nb::module_& m) {
           "release",
           [](const EngineGroup& self, nb::handle memory) {
             const auto bytes = memory_of(memory).bytes;
-            const nb::gil_scoped_release release;
+            const GilRelease release;
             self.engine->release(*self.group, bytes);
           },
           nb::arg("memory"), "Forgets memory of allocate(); it goes with its last view. Local.")
@@ -139,7 +140,7 @@ void bind_group(nb::module_& m) {
             using Owner = std::shared_ptr<const Mapping>;
             Owner block;
             {
-              const nb::gil_scoped_release release;
+              const GilRelease release;
               block = self.engine->allocate_shared(*self.group, num_bytes);
             }
             const nb::capsule owner(new Owner(block), [](void* p) noexcept { delete static_cast<Owner*>(p); });
@@ -274,21 +275,21 @@ void bind_group(nb::module_& m) {
       .def(
           "describe_wait",
           [](const EngineGroup& self, const Pending& pending) {
-            const nb::gil_scoped_release release;
+            const GilRelease release;
             return self.engine->describe_wait(*self.group, *pending.operation);
           },
           nb::arg("operation"), "What it waits for, and whether this is the first rank that waits. Takes up to 1 s.")
       .def(
           "give_up",
           [](const EngineGroup& self, const std::string& reason) {
-            const nb::gil_scoped_release release;
+            const GilRelease release;
             self.engine->give_up(*self.group, reason);
           },
           nb::arg("reason"), "Fails what every rank calls in this group, now and later. Local.")
       .def(
           "close",
           [](const EngineGroup& self) {
-            const nb::gil_scoped_release release;
+            const GilRelease release;
             self.engine->close_group(*self.group);
           },
           "This rank takes part in nothing more of this group. Local.")

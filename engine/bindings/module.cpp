@@ -11,6 +11,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "bindings/gil.hpp"
 #include "bindings/group.hpp"
 #include "collectives/errors.hpp"
 #include "kernels/reduce.hpp"
@@ -67,15 +68,15 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           "post",
           [](mpi::Mailbox& self, const nb::bytes& message, int destination) {
             const std::span bytes(static_cast<const std::byte*>(message.data()), message.size());
-            const nb::gil_scoped_release release;
+            const GilRelease release;
             self.post(bytes, destination);
           },
           nb::arg("message"), nb::arg("destination"))
-      .def("is_flushed", &mpi::Mailbox::is_flushed, nb::call_guard<nb::gil_scoped_release>())
+      .def("is_flushed", &mpi::Mailbox::is_flushed, nb::call_guard<GilRelease>())
       .def("collect", [](mpi::Mailbox& self) -> std::optional<nb::bytes> {
         std::optional<std::vector<std::byte>> message;
         {
-          const nb::gil_scoped_release release;
+          const GilRelease release;
           message = self.collect();
         }
         if (!message) return std::nullopt;
@@ -86,7 +87,7 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
       .def(
           "__init__",
           [](Engine* self, std::uintptr_t communicator_address, int max_ranks_per_node, std::optional<int> numa_node) {
-            const nb::gil_scoped_release release;
+            const GilRelease release;
             new (self) Engine({communicator_address, max_ranks_per_node, numa_node});
           },
           nb::arg("communicator_address") = 0, nb::arg("max_ranks_per_node") = 0,
@@ -114,13 +115,13 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
       .def(
           "create_group",
           [](const std::shared_ptr<Engine>& self, const std::vector<int>& ranks) {
-            const nb::gil_scoped_release release;
+            const GilRelease release;
             return EngineGroup{self, self->create_group(ranks)};
           },
           nb::arg("ranks"), "Collective over the ranks named, blocks.")
-      .def("create_mailbox", &Engine::create_mailbox, nb::call_guard<nb::gil_scoped_release>(),
+      .def("create_mailbox", &Engine::create_mailbox, nb::call_guard<GilRelease>(),
            "Collective over all ranks, blocks.")
-      .def("close", &Engine::close, nb::call_guard<nb::gil_scoped_release>());
+      .def("close", &Engine::close, nb::call_guard<GilRelease>());
 
   m.def("world_rank_and_size", &mpi::world_rank_and_size, "Of the launch, whatever the engine's communicator.");
   m.def("library_version", &mpi::library_version);
