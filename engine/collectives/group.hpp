@@ -103,6 +103,9 @@ class Group {
   // fresh memory costs more than what is done in it.
   std::span<std::byte> staging(std::size_t num_bytes);
 
+  // The number of this rank's next long message.
+  std::uint64_t number_long_message() { return num_long_messages_++; }
+
   // Says of the collective that runs now whether its result has an infinite or NaN element.
   void report_nonfinite(bool found) { queue_.front()->found_nonfinite_ = found; }
 
@@ -166,6 +169,7 @@ class Group {
   std::vector<std::byte> staging_;
   std::vector<std::shared_ptr<Operation>> abandoned_;
   std::uint64_t num_finished_ = 0;
+  std::uint64_t num_long_messages_ = 0;
   std::vector<std::optional<LastSeen>> others_;
   std::exception_ptr failure_;
 };

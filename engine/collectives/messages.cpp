@@ -29,10 +29,12 @@ void send_pieces(const Group& group, std::span<const std::byte> bytes, int desti
 
 namespace {
 
-// Goes before a message that is longer than message_bytes, so that the receiver may cut it as the sender does.
+// Goes before a message that is longer than message_bytes, so that the receiver may cut it as the sender does. The
+// pieces have a tag of their own: others of the user's tag may be under way at once, before and after it.
 struct Header {
   std::array<std::uint64_t, 2> mark;
   std::uint64_t num_bytes;
+  std::int64_t piece_tag;
 };
 constexpr std::array<std::uint64_t, 2> header_mark{0x6d8f3b1c92e45a07U, 0xb15c0e7a43d9f286U};
 
@@ -48,15 +50,17 @@ std::size_t piece_bytes(const Group& group, int peer) {
 }  // namespace
 
 Task send(Group& group, std::span<const std::byte> bytes, int destination, int tag) {
-  const Header header{header_mark, bytes.size()};
+  Header header{};  // lives until it is sent
   std::vector<mpi::Transfer> transfers;
   if (bytes.size() <= message_bytes) {
     transfers.push_back(group.send(bytes, destination, first_user_tag + tag));
   } else {
+    const int piece_tag = first_piece_tag + static_cast<int>(group.number_long_message() % num_piece_tags);
+    header = {header_mark, bytes.size(), piece_tag};
     transfers.push_back(group.send(std::as_bytes(std::span(&header, 1)), destination, first_user_tag + tag));
     const std::size_t step = piece_bytes(group, destination);
     for (std::size_t start = 0; start < bytes.size(); start += step) {
-      transfers.push_back(group.send(window(bytes, start, step), destination, first_user_tag + tag));
+      transfers.push_back(group.send(window(bytes, start, step), destination, piece_tag));
       const std::size_t count = transfers.size();
       auto has_room = Until([&] { return count < pieces_under_way || transfers[count - pieces_under_way].test(); });
       co_await has_room;
@@ -92,8 +96,9 @@ Task receive(Group& group, std::span<std::byte> bytes, int source, int tag, Oper
   if (is_long) {
     std::vector<mpi::Transfer> transfers;
     const std::size_t step = piece_bytes(group, from);
+    const int piece_tag = static_cast<int>(header.piece_tag);
     for (std::size_t start = 0; start < bytes.size(); start += step) {
-      transfers.push_back(group.receive(window(bytes, start, step), from, first_user_tag + tag));
+      transfers.push_back(group.receive(window(bytes, start, step), from, piece_tag));
     }
     auto all_arrived = Until([&transfers] { return mpi::test_all(transfers); });
     co_await all_arrived;

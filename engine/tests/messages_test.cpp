@@ -54,6 +54,36 @@ const Test messages("messages: tags out of order, beside collectives, from any r
   });
 });
 
+const Test of_one_tag("messages: long ones of one tag keep their order, all under way at once", Runs::on_ranks, [] {
+  for_each_layout([](const Layout& layout) {
+    Engine& engine = layout.engine;
+    Group& group = layout.group;
+    const int next = (group.rank() + 1) % group.size();
+    const int previous = (group.rank() + group.size() - 1) % group.size();
+    const auto content = [](int rank, int number) { return contribution(4 * rank + number, DataType::uint8, 1500001); };
+    for (const bool receives_first : {true, false}) {
+      std::vector<Bytes> received(4, Bytes(content(0, 0).size()));
+      std::vector<Bytes> sent;
+      for (const int number : {0, 1, 2, 3}) sent.push_back(content(group.rank(), number));
+      std::vector<std::shared_ptr<Operation>> operations;
+      const auto receive = [&] {
+        for (Bytes& bytes : received) {
+          operations.push_back(engine.receive(group, bytes, previous, 5, DataType::uint8));
+        }
+      };
+      if (receives_first) receive();
+      finish(engine, engine.barrier(group));
+      for (Bytes& bytes : sent) operations.push_back(engine.send(group, bytes, next, 5, DataType::uint8));
+      if (!receives_first) receive();
+      for (const auto& operation : operations) finish(engine, operation);
+      for (const int number : {0, 1, 2, 3}) {
+        expect(received[static_cast<std::size_t>(number)] == content(previous, number),
+               layout.name + ": number " + std::to_string(number));
+      }
+    }
+  });
+});
+
 const Test lengths("messages: a length that does not fit is an error, and the group goes on", Runs::on_ranks, [] {
   for (const int max_ranks_per_node : {0, 1}) {
     Ranks ranks(max_ranks_per_node);
@@ -67,7 +97,7 @@ const Test lengths("messages: a length that does not fit is an error, and the gr
       expect_throws<Mismatch>([&] { finish(ranks.engine, operation); },
                               "rank 1 receives 100 bytes with tag 0, but rank 0 sent 8");
     }
-    for (const auto& [sent, expected] : {std::pair{24, 200000}, {50, 24}}) {
+    for (const auto& [sent, expected] : {std::pair{32, 200000}, {50, 32}}) {
       Bytes message(static_cast<std::size_t>(group->rank() == 0 ? sent : expected));
       if (group->rank() == 0) {
         ranks.engine.send(*group, message, 1, 1, DataType::uint8);
