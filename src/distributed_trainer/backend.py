@@ -440,7 +440,7 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         op = _reduce_op(opts)
         if tensor.layout is not torch.sparse_coo or op != dist.ReduceOp.SUM:
             raise ValueError(
-                f"of sparse tensors shmpi takes sums of COO ones; this is {tensor.layout}, reduced by {op}"
+                f"of sparse tensors shmpi takes sums of COO ones; this is {tensor.layout}, reduced by {_name_of(op)}"
             )
         own = tensor.coalesce()
         rows = self.gather_bytes(own._nnz().to_bytes(8, "little"))
@@ -478,16 +478,18 @@ class ProcessGroupShmpi(dist.ProcessGroup):
 
     def _reduction(self, tensor: Tensor, opts: Any) -> tuple[Tensor, Any]:
         """A contiguous tensor on the host of a type that the engine reduces, and the engine's operation."""
+        if tensor.dtype in _FLOAT8:  # the engine would be given bytes
+            raise TypeError(f"float8 tensors are moved but not reduced; convert this one of {tensor.dtype} first")
         op = _reduce_op(opts)
         if op == dist.ReduceOp.SUM and not tensor.is_complex():
             return self._input(tensor), self._sum
         if op == dist.ReduceOp.PREMUL_SUM:
             tensor, op = tensor * op.factor, dist.ReduceOp.SUM
-        name = next(name for known, name in _OPERATIONS.items() if op == known)  # not by key: their hashes differ
+        name = _name_of(op)
         buffer = self._input(tensor)
         if tensor.is_complex():
             if name not in ("SUM", "AVERAGE"):
-                raise ValueError(f"complex tensors can be summed and averaged, not reduced by {op}")
+                raise ValueError(f"complex tensors can be summed and averaged, not reduced by {name}")
             buffer = torch.view_as_real(buffer)
         return buffer, getattr(self._operations, name)
 
@@ -516,6 +518,12 @@ def _operations_of(works: Sequence[Work]) -> list[Any]:
 
 def _reduce_op(opts: Any) -> Any:
     return dist.ReduceOp.SUM if opts is None else getattr(opts, "reduceOp", opts)
+
+
+def _name_of(op: Any) -> str:
+    """The engine's name of a reduction."""
+    # Not by key: their hashes differ.
+    return next((name for known, name in _OPERATIONS.items() if op == known), str(op))
 
 
 def message_device(process_group: dist.ProcessGroup) -> torch.device:
