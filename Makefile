@@ -15,9 +15,11 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
 # Tests of what cannot depend on the MPI run under one.
-ANY_MPI := batchnorm compression criterion data devices direct direct_linear layers public_api readme ddp fsdp parallel state
+ANY_MPI := batchnorm compression criterion data ddp devices direct direct_linear fsdp functional gradients layers nonfinite \
+	operations parallel public_api readme state works
 
-.PHONY: help demo test test-engine test-engine-threads test-long lint bench build build-openmpi build-mpich wheel clean
+.PHONY: help demo test test-engine test-engine-threads test-long lint bench docs-table build build-openmpi build-mpich \
+	wheel clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +51,9 @@ lint: .venv/.installed  ## Style of the Python sources
 
 bench: build  ## Speed beside gloo, MPI and torch's DistributedDataParallel
 	.venv/bin/python benchmarks/run.py build/bench
+
+docs-table: build-openmpi  ## The table in docs/torch-distributed.md, by running what is in it
+	.venv/bin/mpirun --bind-to none -np 2 .venv/bin/python tests/operations_table.py
 
 build: build-openmpi build-mpich  ## The engine's modules, put into src/distributed_trainer
 

@@ -29,3 +29,9 @@ def default_group(world, shared_folder):
     torch_groups.start(torch_groups.BACKEND, world, shared_folder)
     yield torch_groups.BACKEND
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def group(default_group):
+    """The same, as torch's own object."""
+    return dist.group.WORLD

@@ -418,6 +418,7 @@ def test_user_random_streams(world):
 BENCHMARK = run_path(str(Path(__file__).parents[1] / "benchmarks" / "compression.py"))
 
 
+@pytest.mark.long
 @on_ranks(2, 4)
 def test_digits(world):
     """At least 97 % of the test images, as without compression, and no more than 1 % fewer than there."""
@@ -426,6 +427,7 @@ def test_digits(world):
     assert compressed >= max(0.97, exact - 0.01)
 
 
+@pytest.mark.long
 @on_ranks(2)
 def test_transformer(world):
     """On Python's own documentation: after 400 steps the loss on text held back is at most 5 % above that without."""

@@ -577,7 +577,7 @@ class Samples(Dataset):
         return batch(8)[0][index], torch.tensor([refused, is_inherited])
 
 
-@one_node
+@on_ranks(2)
 def test_data_loader_workers(world):
     """Forked workers, while the trainer exists: they read data and cannot do any harm."""
     model = linear()
