@@ -42,7 +42,7 @@ test-engine-threads: .venv/.installed  ## C++ tests of where threads meet, under
 	.venv/bin/cmake --build build/tsan
 	build/tsan/engine_tests engine:
 
-test-long: build wheel test-engine-threads  ## Tests that take minutes: installations, chroots, threads
+test-long: build wheel test-engine-threads .venv/.frameworks  ## Tests that take minutes: installations, chroots, threads
 	.venv/bin/python -m pytest -m long
 
 lint: .venv/.installed  ## Style of the Python sources
@@ -80,4 +80,8 @@ cmake = $(VENV_$1)/bin/cmake -S . -B build/$2 -G Ninja --log-level=WARNING -DENG
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt $(MPI)
 	@echo $(CURDIR)/src > `$(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/distributed_trainer.pth
+	@touch $@
+
+.venv/.frameworks: requirements-frameworks.txt .venv/.installed
+	.venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements-frameworks.txt
 	@touch $@
