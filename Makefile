@@ -14,7 +14,7 @@ export OMPI_MCA_osc := ^ucx
 export OMPI_MCA_mpi_yield_when_idle := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
-# Tests of what cannot depend on the MPI run under one.
+# Tests of what is above the engine run under one MPI.
 ANY_MPI := batchnorm compression criterion data ddp devices direct direct_linear fsdp functional gradients layers nonfinite \
 	operations parallel public_api readme state works
 
