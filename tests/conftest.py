@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that run on ranks: see ranks.py and torch_groups.py."""
+"""Tests that run on ranks: see ranks.py and torch_groups.py. Tests that watch how a script ends: see scripts.py."""
 
 import pytest
 import ranks
+import scripts
 import torch.distributed as dist
 import torch_groups
 
@@ -35,3 +36,17 @@ def default_group(world, shared_folder):
 def group(default_group):
     """The same, as torch's own object."""
     return dist.group.WORLD
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Starts a script; see `scripts.Run`."""
+    runs = []
+
+    def start(script, *arguments, **options):
+        runs.append(scripts.Run(tmp_path, script, *arguments, **options))
+        return runs[-1]
+
+    yield start
+    for started in runs:
+        ranks.end(started.process, [pid for pid in started.pids if scripts.is_alive(pid)])

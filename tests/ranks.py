@@ -107,7 +107,7 @@ def mapped_bytes() -> int:
     return total
 
 
-# ---- launching, for test_faults.py as well
+# ---- launching, for scripts.py as well
 
 
 def mpirun_path() -> str:

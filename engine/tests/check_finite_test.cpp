@@ -66,6 +66,7 @@ const Test same_bits("check_finite: changes nothing in the result", Runs::on_ran
   for_each_layout([](const Layout& layout) {
     for (const DataType dtype : {DataType::float32, DataType::float64, DataType::bfloat16, DataType::float16}) {
       for (const std::size_t count : {1U, 10007U, 600000U}) {
+        if (count == 600000 && dtype != DataType::float32) continue;
         const auto memory = layout.engine.allocate(layout.group, count * element_bytes(dtype));
         const auto registered = own_block(layout, memory).first(count * element_bytes(dtype));
         const Bytes own = contribution(layout.group.rank(), dtype, count);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <numeric>
 #include <random>
 
@@ -58,7 +59,7 @@ void for_each_layout(const std::function<void(const Layout&)>& body) {
   }
 }
 
-Bytes contribution(int rank, DataType dtype, std::size_t count) {
+static Bytes draw_contribution(int rank, DataType dtype, std::size_t count) {
   std::minstd_rand random(static_cast<unsigned>(rank + 1));
   std::uniform_real_distribution<double> uniform(-2, 2);
   Bytes bytes(count * element_bytes(dtype));
@@ -82,6 +83,14 @@ Bytes contribution(int rank, DataType dtype, std::size_t count) {
     default: break;  // is only moved
   }
   return bytes;
+}
+
+Bytes contribution(int rank, DataType dtype, std::size_t count) {
+  static std::map<std::pair<int, DataType>, Bytes> longest;  // drawing takes long; a shorter one is its beginning
+  const std::size_t num_bytes = count * element_bytes(dtype);
+  Bytes& drawn = longest[{rank, dtype}];
+  if (drawn.size() < num_bytes) drawn = draw_contribution(rank, dtype, count);
+  return {drawn.begin(), drawn.begin() + static_cast<std::ptrdiff_t>(num_bytes)};
 }
 
 Bytes reduce_in_order(const std::vector<Bytes>& contributions, const Reduction& reduction) {

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small training scripts in flight, for tests of how a job ends; see the fixture `run`."""
+
+import contextlib
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import JobSpec, job_environment, mpirun_path
+
+LIMIT_SECONDS = 5
+START_SECONDS = 60
+
+# What every script begins with. `fault()` is called right before the fault.
+HEAD = """
+import os, signal, sys, time
+import torch
+from torch import nn
+from distributed_trainer import create_distributed_trainer
+
+def fault():
+    print("fault", time.time(), flush=True)
+
+def step(trainer, x=None, y=None, criterion=None, optimizer=None):
+    x = torch.arange(12.0).view(4, 3) if x is None else x
+    y = torch.tensor([0, 1, 0, 1]) if y is None else y
+    return trainer.train_step(x, y, criterion or nn.CrossEntropyLoss(), optimizer or the_optimizer)
+
+torch.manual_seed(0)
+model = nn.Linear(3, 2)
+the_optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+"""
+TRAINER = """
+trainer = create_distributed_trainer(model)
+rank = trainer.rank
+open(f"{rank}.pid", "w").write(str(os.getpid()))
+step(trainer)
+"""
+
+
+class Run:
+    """A script in flight, in a folder of its own."""
+
+    def __init__(self, folder, script, num_ranks=2, command=None, **environment):
+        self.folder = folder
+        (folder / "train.py").write_text(HEAD + script)
+        self._out = (folder / "out").open("wb")
+        self._err = (folder / "err").open("wb")
+        command = command or [mpirun_path(), "-np", str(num_ranks), sys.executable, "train.py"]
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=self._out,
+            stderr=self._err,
+            env=job_environment(JobSpec(num_ranks), **environment),
+            start_new_session=True,
+        )
+
+    @property
+    def out(self):
+        return (self.folder / "out").read_text(errors="replace")
+
+    @property
+    def err(self):
+        return (self.folder / "err").read_text(errors="replace")
+
+    @property
+    def pids(self):
+        return [int(file.read_text() or 0) for file in self.folder.glob("*.pid")]
+
+    def wait_for(self, text, times=1, timeout_seconds=START_SECONDS):
+        deadline = time.monotonic() + timeout_seconds
+        while self.out.count(text) < times:
+            assert time.monotonic() < deadline, f"no {text!r} in time:\n{self.out}{self.err}"
+            assert self.process.poll() is None, f"ended before {text!r}:\n{self.out}{self.err}"
+            time.sleep(0.01)
+
+    def exit_code(self):
+        """Waits for the end, which must come within 5 s of the fault."""
+        self.wait_for_fault_or_end()
+        faults = [float(moment) for moment in re.findall(r"fault ([\d.]+)", self.out)]
+        start = max(faults) if faults else time.time()
+        try:
+            code = self.process.wait(max(0.1, start + LIMIT_SECONDS - time.time()))
+        except subprocess.TimeoutExpired:
+            stacks = "\n".join(map(stack_of, self.pids))
+            pytest.fail(f"still there {LIMIT_SECONDS} s after the fault:\n{self.out}{self.err}\n{stacks}")
+        return code
+
+    def wait_for_fault_or_end(self):
+        deadline = time.monotonic() + START_SECONDS
+        while "fault" not in self.out and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def survivors(self):
+        """Ranks that are still there 5 s later, at the latest."""
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while (left := [pid for pid in self.pids if is_alive(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return left
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def stack_of(pid):
+    command = [sys.executable, "-m", "py_spy", "dump", "--pid", str(pid)]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+    return ""
+
+
+def lines_of(text):
+    """Without those that Open MPI adds about a job's end, and blank ones."""
+    return [line for line in text.splitlines() if line.strip()]
+
+
+SINGLETONS = "fault()\ntrainer = create_distributed_trainer(model)\nprint('trains', flush=True)\n"
