@@ -68,7 +68,7 @@ def train(
             trainer.train_step(inputs, targets, nn.CrossEntropyLoss(), optimizer)
             if scheduler is not None:
                 scheduler.step()
-        is_compressing = any(isinstance(bucket, LowRankBucket) for bucket in trainer._gradients._buckets)
+        is_compressing = any(isinstance(bucket, LowRankBucket) for bucket in trainer._replica.gradients._buckets)
         assert is_compressing == (compression is not None and trainer.world_size > 1)
 
 
@@ -117,7 +117,7 @@ def measure_step(title: str, model: nn.Module, inputs: Tensor, targets: Tensor, 
     trainer = create_distributed_trainer(model, compression=compression)
     optimizer = torch.optim.Adam(model.parameters())
     whole = [torch.cat([part] * trainer.world_size) for part in (inputs, targets)]
-    group, sent = trainer._gradients._group, []
+    group, sent = trainer._replica.gradients._group, []
     all_reduce = group.allreduce
     group.allreduce = lambda tensors, *options: sent.append(tensors[0].nbytes) or all_reduce(tensors, *options)
     seconds = []

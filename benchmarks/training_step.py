@@ -7,6 +7,7 @@ mpirun -np 2 python benchmarks/training_step.py [mlp]
 allocator's settings are those of the whole process: DTRAIN_MALLOC=default measures plain torch with torch's own.
 """
 
+import contextlib
 import copy
 import os
 import runpy
@@ -96,12 +97,12 @@ def our_step(
 ) -> Callable[[], object]:
     """The same with a trainer; `inputs` and `targets` are of the global batch."""
     optimizer, criterion = torch.optim.Adam(trainer.model.parameters()), nn.CrossEntropyLoss()
-    gradients = trainer._gradients
-    start_backward, finish, optimizer_step = gradients.start_backward, gradients.finish, optimizer.step
+    gradients = trainer._replica.gradients
+    backward, finish, optimizer_step = gradients.backward, gradients.finish, optimizer.step
 
-    def marked_start_backward() -> None:
+    def marked_backward(**options: bool) -> contextlib.AbstractContextManager[None]:
         phases.mark("forward")
-        start_backward()
+        return backward(**options)
 
     def marked_finish(numbers: list[float]) -> list[float]:
         phases.mark("backward")
@@ -113,7 +114,7 @@ def our_step(
         optimizer_step()
         phases.mark("optimizer")
 
-    gradients.start_backward, gradients.finish, optimizer.step = marked_start_backward, marked_finish, marked_step
+    gradients.backward, gradients.finish, optimizer.step = marked_backward, marked_finish, marked_step
 
     def step() -> None:
         phases.start()

@@ -120,7 +120,9 @@ def check_steps(world, sizes, rank=2, **options):
             reference.get_parameter(name).data -= 0.1 * expected[name]
     for name, parameter in model.named_parameters():
         assert_close(parameter.detach(), reference.get_parameter(name).detach(), 1e-11, name)
-    buckets = [index for b in trainer._gradients._buckets if isinstance(b, LowRankBucket) for index in b.indices]
+    buckets = [
+        index for b in trainer._replica.gradients._buckets if isinstance(b, LowRankBucket) for index in b.indices
+    ]
     assert sorted(buckets) == (sorted(simulation.of.values()) if world.size > 1 else [])
     trainer.close()
 
@@ -177,7 +179,7 @@ def test_two_collectives(world):
     trainer = create_distributed_trainer(model, compression=PowerSGD(rank=1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     events = []
-    group = trainer._gradients._group
+    group = trainer._replica.gradients._group
     all_reduce = group.allreduce
     group.allreduce = lambda tensors, *options: events.append(tensors[0].numel()) or all_reduce(tensors, *options)
     model[0].weight.register_hook(lambda gradient: events.append("first layer"))
@@ -222,7 +224,7 @@ def test_same_bits(world, dtype):
             mine = bits(parameter.grad for parameter in model.parameters()) + bits(model.parameters())
             assert len(set(world.gather(tuple(mine)))) == 1
             assert {parameter.grad.dtype for parameter in model.parameters()} == {dtype}
-        compressed = [bucket for bucket in trainer._gradients._buckets if isinstance(bucket, LowRankBucket)]
+        compressed = [bucket for bucket in trainer._replica.gradients._buckets if isinstance(bucket, LowRankBucket)]
         assert sum(len(bucket.indices) for bucket in compressed) == 2
         assert {q.dtype for bucket in compressed for q in bucket._q.views} <= {torch.float32, torch.float64}
         trainer.close()
@@ -302,7 +304,7 @@ def test_unused(world):
         trainer.train_step((x, choice), y, nn.MSELoss(), optimizer)
         reference = Experts()
         F.mse_loss(reference(x, choice), y).backward()
-        (bucket,) = (b for b in trainer._gradients._buckets if isinstance(b, LowRankBucket))
+        (bucket,) = (b for b in trainer._replica.gradients._buckets if isinstance(b, LowRankBucket))
         for index, expert in enumerate(model.experts):
             error = bucket._errors[bucket.indices.index(2 * index)]
             if not (choice == index).any():

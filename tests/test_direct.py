@@ -48,14 +48,14 @@ def train(world, model, criterion=None, dtype=F64, shape=(6,), num_steps=3):
     trainer = create_distributed_trainer(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     copied = set()
-    take = trainer._gradients._take
+    take = trainer._replica.gradients._take
 
     def recorded(state, view):
         if state.parameter.grad.data_ptr() != view.data_ptr():
             copied.add(state.name)
         take(state, view)
 
-    trainer._gradients._take = recorded
+    trainer._replica.gradients._take = recorded
     x, y = batch(dtype=dtype, shape=shape)
     for _ in range(num_steps):
         copied.clear()

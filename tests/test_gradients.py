@@ -69,7 +69,7 @@ def test_buckets(world, monkeypatch, bucket_bytes):
         trainer.train_step(x, y, nn.MSELoss(), optimizer)
         assert_same(dict(model.named_parameters()), expected)
         assert len(set(world.gather(tuple(bits(parameter.grad) for parameter in model.parameters())))) == 1
-    num_buckets = len(trainer._gradients._buckets)
+    num_buckets = len(trainer._replica.gradients._buckets)
     assert num_buckets == (0 if world.size == 1 else {1: 8, 300: 2, 4 << 20: 1}[bucket_bytes])
     trainer.close()
 
@@ -81,7 +81,7 @@ def test_overlap(world, monkeypatch):
     model = seeded(mlp)
     trainer = create_distributed_trainer(model)
     events = []
-    group = trainer._gradients._group
+    group = trainer._replica.gradients._group
     all_reduce = group.allreduce
 
     def recorded(tensors, *options):
@@ -110,8 +110,8 @@ def test_reductions_end_while_backward_runs(world, monkeypatch):
     is_done = []
 
     def wait_for_last_layer(gradient):
-        if trainer._gradients._buckets:
-            work = trainer._gradients._buckets[0]._work
+        if trainer._replica.gradients._buckets:
+            work = trainer._replica.gradients._buckets[0]._work
             while not work.is_completed():
                 pass
             is_done.append(True)
@@ -134,7 +134,7 @@ def test_gradients_lie_in_the_arena(world):
     x, y = batch()
     for _ in range(2):
         trainer.train_step(x, y, nn.MSELoss(), optimizer)
-        (bucket,) = trainer._gradients._buckets
+        (bucket,) = trainer._replica.gradients._buckets
         memory = bucket._memory
         first = memory.data_ptr()
         for parameter in model.parameters():
@@ -175,7 +175,7 @@ def test_one_copy(world):
     optimizer = sgd(model)
     x, y = batch()
     trainer.train_step(x, y, nn.MSELoss(), optimizer)
-    with Copies(trainer._gradients._buckets[0]._memory) as copies:
+    with Copies(trainer._replica.gradients._buckets[0]._memory) as copies:
         trainer.train_step(x, y, nn.MSELoss(), optimizer)
     assert sorted(copies.num_elements) == sorted(parameter.numel() for parameter in model.parameters())
     trainer.close()
@@ -316,7 +316,7 @@ def test_mixed_dtypes(world):
         trainer.train_step(x, y, nn.MSELoss(), optimizer)
         assert_same({"": model.layers[3].weight}, {"": expected["layers.3.weight"]}, 1e-6)
         assert_same({"": model.layers[0].weight}, {"": expected["layers.0.weight"]}, 4e-2)
-    assert len(trainer._gradients._buckets) == (3 if world.size > 1 else 0)
+    assert len(trainer._replica.gradients._buckets) == (3 if world.size > 1 else 0)
     trainer.close()
 
 

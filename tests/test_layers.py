@@ -15,9 +15,13 @@ ENGINE = ROOT / "engine"
 PYTHON_LAYERS = """
 __main__
 __init__
+create
 trainer
-data criterion batchnorm direct replicas sharding
+share advice replica
+criterion
+data batchnorm direct alignment sharding
 gradients
+options
 compression
 buckets
 job

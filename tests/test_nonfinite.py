@@ -218,7 +218,7 @@ def test_direct_gradients(world, mode):
     """Weight gradients that are computed in the buckets."""
     model, reference = WithNorm(torch.float32, width=256), WithNorm(torch.float32, width=256)
     trainer = create_distributed_trainer(model, nonfinite_gradients="skip", **MODES[mode])
-    assert trainer._direct._weights[0] is model.layers[2].weight
+    assert trainer._replica._direct._weights[0] is model.layers[2].weight
     optimizer, expected = (torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, reference))
     for step in range(6):
         make = spoiled if step in (1, 4) else batch
@@ -384,7 +384,7 @@ def test_ignore(world, mode):
     trainer.train_step(*spoiled(0, 4, torch.nan), MEAN, adam(model))
     assert all(parameter.isnan().any() for parameter in model.parameters())
     assert trainer.num_skipped_steps == 0
-    for bucket in trainer._gradients._buckets:
+    for bucket in trainer._replica.gradients._buckets:
         with pytest.raises(ValueError, match="was not asked to check"):
             bucket._work.found_nonfinite()
     trainer.close()

@@ -16,8 +16,11 @@ NAMES = [
     "MismatchError",
     "create_distributed_trainer",
 ]
-MEMBERS = ["batches", "close", "split", "train_step"]
-ATTRIBUTES = ["device", "local_rank", "model", "num_skipped_steps", "rank", "world_size"]
+MEMBERS = [
+    *("backward", "batches", "close", "forward", "gradient_norm", "no_sync", "num_skipped_steps"),
+    *("split", "step", "train_step"),
+]
+ATTRIBUTES = ["device", "local_rank", "model", "rank", "world_size"]
 
 
 def test_names():
@@ -48,7 +51,10 @@ def test_signatures():
         ("nonfinite_gradients", "ignore", True),
     ]
     step = inspect.signature(DistributedTrainer.train_step).parameters
-    assert list(step) == ["self", "inputs", "targets", "criterion", "optimizer"]
+    assert list(step) == [
+        *("self", "inputs", "targets", "criterion", "optimizer"),
+        *("microbatches", "weight", "clip_norm"),
+    ]
 
 
 def test_docstrings():

@@ -10,19 +10,23 @@ Nothing here communicates.
 
 Three definitions of a mean cover torch (torch/nn/functional.py and ATen's Loss*.cpp): over the class weights
 of the targets that are not ignored, over elements, over samples. Anything else callable is taken for a mean
-over samples.
+over samples, unless its user gives the weight (`Weighted`).
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .data import leaves, map_tensors
 
 _CLASS_WEIGHTS, _ELEMENTS, _SAMPLES = "class weights", "elements", "samples"
 
@@ -88,14 +92,41 @@ _LEGACY = {"size_average", "reduce"}
 _DIVIDE_BY_WEIGHT = {F.l1_loss, F.mse_loss}
 
 
+@dataclass(frozen=True)
+class Weighted:
+    """A loss that is a mean over what its user says.
+
+    Raises:
+        ValueError: the loss has a `reduction` that is no mean.
+    """
+
+    criterion: Callable[..., Any]
+    weight: Callable[[Any], Any] | float
+    """Of a part of a batch: a function of its targets, or a number for all of this rank's part."""
+
+    def __post_init__(self) -> None:
+        if is_sum(self.criterion):
+            name = criterion_name(self.criterion)
+            raise ValueError(f'{name} has reduction="sum", so weight= has no meaning: leave it out')
+
+    def __call__(self, outputs: Any, targets: Any) -> Any:
+        """Call the loss."""
+        return self.criterion(outputs, targets)
+
+
 def local_weight(criterion: Callable[..., Any], targets: Any, num_samples: int) -> float:
     """Return the weight of a batch, or of a part of one: what its mean was divided by; 1 for a sum.
 
     Reads the targets for a mean over class weights, which waits for the device if they are on one.
 
     Raises:
-        ValueError: the criterion has `reduction="none"`.
+        ValueError: the criterion has `reduction="none"`, or the weight that its user gives is no weight.
     """
+    if isinstance(criterion, Weighted):
+        weight = float(criterion.weight(targets) if callable(criterion.weight) else criterion.weight)
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weight= gives {weight} for {num_samples} samples; it must be finite and not negative")
+        return weight
     reduction = _reduction(criterion)
     if reduction == "sum":
         return 1.0
@@ -107,8 +138,10 @@ def local_weight(criterion: Callable[..., Any], targets: Any, num_samples: int) 
     return float(num_samples)
 
 
-def local_loss(criterion: Callable[..., Any], outputs: Any, targets: Any, weight: float, total: float) -> Tensor:
+def local_loss(criterion: Callable[..., Any], outputs: Any, targets: Any, weight: float, total: float) -> Any:
     """Return what this rank adds to the loss of the whole batch. Differentiable; for ranks that have samples.
+
+    A criterion may return several terms in a tuple, list or dict, all of which are means over the same.
 
     Args:
         criterion: called as criterion(outputs, targets).
@@ -120,18 +153,40 @@ def local_loss(criterion: Callable[..., Any], outputs: Any, targets: Any, weight
     Raises:
         ValueError: the criterion would mix samples with each other, so that no split gives its value.
     """
-    is_sum = _reduction(criterion) == "sum"
+    adds = is_sum(criterion)
     # With every target of the whole batch ignored both are 0, and each rank's NaN is one process's answer.
-    if weight == total and not is_sum:
+    if weight == total and not adds:
         return criterion(outputs, targets)
     _refuse_mixing(criterion, outputs, targets)
-    if is_sum:
+    if adds:
         return criterion(outputs, targets)
     if weight == 0 and is_known(criterion):
         # A mean over nothing is NaN, and 0 times NaN as well. The sum is an exact 0 with the same graph, and
         # right for label smoothing, where a target of class weight 0 still has a loss.
         return _with_options(criterion, reduction="sum")(outputs, targets) / total
-    return criterion(outputs, targets) * (weight / total)
+    return map_tensors(lambda term: term * (weight / total), criterion(outputs, targets))
+
+
+def loss_terms(criterion: Callable[..., Any], loss: Any) -> list[Tensor]:
+    """Return the terms of what a criterion has returned, which add up to the loss.
+
+    Raises:
+        TypeError, ValueError: one is no tensor, or has more than one element.
+    """
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return [loss]
+    terms = list(leaves(loss, "loss"))
+    for path, term in terms:
+        if not isinstance(term, Tensor):
+            raise TypeError(f"{criterion_name(criterion)} must return tensors, but its {path} is {term!r}")
+        if term.numel() != 1:
+            raise ValueError(
+                f"{criterion_name(criterion)} must return one number for the batch, or several in a tuple, list or "
+                f"dict, but its {path} has shape {list(term.shape)}: reduce it with mean() or sum()."
+            )
+    if not terms:
+        raise TypeError(f"{criterion_name(criterion)} returned no loss")
+    return [term for _, term in terms]
 
 
 def split_criterion(criterion: Callable[..., Any], targets: Any, start: int, stop: int) -> Callable[..., Any]:
@@ -145,6 +200,8 @@ def split_criterion(criterion: Callable[..., Any], targets: Any, start: int, sto
         start: first sample of the part.
         stop: one past its last.
     """
+    if isinstance(criterion, Weighted):
+        return replace(criterion, criterion=split_criterion(criterion.criterion, targets, start, stop))
     if not isinstance(targets, Tensor) or _mean_over(criterion) is not _ELEMENTS:
         return criterion
     options = {}
@@ -156,16 +213,21 @@ def split_criterion(criterion: Callable[..., Any], targets: Any, start: int, sto
 
 
 def is_known(criterion: Callable[..., Any]) -> bool:
-    """Whether the mean is known to be exact: a loss of torch, or one that is a sum by its `reduction`.
+    """Whether the mean is known to be exact: a loss of torch, one that is a sum by its `reduction`, or `Weighted`.
 
     Everything else counts as a mean over samples, which the trainer says once.
     """
-    return _mean_over(criterion) is not None or _reduction(criterion) == "sum"
+    return isinstance(criterion, Weighted) or _mean_over(criterion) is not None or is_sum(criterion)
+
+
+def is_sum(criterion: Callable[..., Any]) -> bool:
+    """Whether the loss is a sum over samples, by its `reduction`."""
+    return _reduction(criterion) == "sum"
 
 
 def criterion_name(criterion: Callable[..., Any]) -> str:
     """Return a name for messages."""
-    function = _unwrapped(criterion)
+    function = _unwrapped(criterion.criterion if isinstance(criterion, Weighted) else criterion)
     if isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__qualname__", type(function).__qualname__)

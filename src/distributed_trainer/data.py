@@ -105,19 +105,19 @@ def slice_batch(batch: Any, start: int, stop: int) -> Any:
 
     A mapping keeps its type if it can be copied and updated (or made from a dict), else it becomes a dict.
     """
-    return _map_tensors(lambda tensor: tensor[start:stop], batch)
+    return map_tensors(lambda tensor: tensor[start:stop], batch)
 
 
 def zero_sample(batch: Any) -> Any:
     """Return the same structure with one sample of zeros, for a batch that has none."""
-    return _map_tensors(lambda tensor: tensor.new_zeros((1, *tensor.shape[1:])), batch)
+    return map_tensors(lambda tensor: tensor.new_zeros((1, *tensor.shape[1:])), batch)
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """Return the same structure with its tensors on the device, not waiting for copies to an accelerator."""
     # Not to wait the other way would hand out host memory before it is written.
     non_blocking = torch.device(device).type != "cpu"
-    return _map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking), batch)
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking), batch)
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -232,11 +232,12 @@ def _named_tensors(roots: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return [(path, leaf) for path, leaf in found if isinstance(leaf, Tensor)]
 
 
-def _map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Return the same structure with `change` of each tensor."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, Mapping):
-        changed = {key: _map_tensors(change, value) for key, value in tree.items()}
+        changed = {key: map_tensors(change, value) for key, value in tree.items()}
         if type(tree) is dict:
             return changed
         try:
@@ -248,7 +249,7 @@ def _map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
         except TypeError:
             return changed
     if isinstance(tree, (tuple, list)):
-        elements = [_map_tensors(change, element) for element in tree]
+        elements = [map_tensors(change, element) for element in tree]
         return type(tree)(*elements) if hasattr(tree, "_fields") else type(tree)(elements)
     return tree
 

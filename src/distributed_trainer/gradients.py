@@ -4,10 +4,11 @@
 A bucket (`buckets.py`) takes the gradients of consecutive parameters of one kind. One step:
 
 1. `start` forgets what arrived before.
-2. As soon as autograd has finished a gradient, a hook copies it to its place in its bucket, once, while it is warm in
-   the cache, and makes that place the parameter's `.grad`. What was computed there (`place_of`) is not copied.
-3. A bucket whose gradients have all come is reduced, unless one before it is still incomplete: all ranks issue the same
-   buckets in the same order.
+2. In `backward`, as soon as autograd has finished a gradient, a hook copies it to its place in its bucket, once, while
+   it is warm in the cache, and makes that place the parameter's `.grad`. What was computed there (`place_of`) is not
+   copied. A step may have several backwards (microbatches): to the places autograd then adds by itself.
+3. In the last backward, a bucket whose gradients have all come is reduced, unless one before it is still incomplete:
+   all ranks issue the same buckets in the same order.
 4. `finish` sends what is left, with zeros for what did not come, then what compressed buckets send second
    (`compression.py`), and waits. A parameter that no rank used has no gradient afterwards. If asked for, all ranks know
    then whether any sum is infinite or NaN; most buckets find that out as they are summed.
@@ -18,8 +19,9 @@ buckets on every rank. Invariant: a bucket's content and its place in the sequen
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +46,10 @@ class _State:
     parameter: nn.Parameter
     bucket: int = -1
     view: Tensor | None = None
-    is_here: bool = False
-    """Its hook has run: it is in its bucket, or in the first step in `.grad`."""
+    has_gradient: bool = False
+    """It is in its bucket, or in the first step in `.grad`."""
+    has_arrived: bool = False
+    """Its hook has run in this backward."""
     is_placed: bool = False
     """Some of it, or all, was computed in its place in the bucket."""
     hook: Any = field(default=None, repr=False)
@@ -85,20 +89,28 @@ class GradientSum:
         self._trainable: list[bool] = []
         self._buckets: list[Bucket | LowRankBucket] = []
         self._arrivals: list[int] = []
+        self._earlier: list[tuple[Tensor, Tensor]] = []
         self._num_started = 0
-        self._is_active = False
         self._is_in_backward = False
+        self._is_last = False
         self._leave_out = False
 
-    def start(self, leave_out: bool = False) -> None:
-        """Begins a step, before forward: drops all gradients. Local.
+    def start(self, keep: bool = False) -> None:
+        """Begins a step, before forward. Local.
 
         Args:
-            leave_out: This rank's gradients of the step count for nothing, whatever they are.
+            keep: Gradients that are there are no part of the step, and are added to its sums. Else they are dropped.
         """
+        if keep and self._group.size() == 1:
+            return
+        self._earlier = []
+        if keep:
+            owners = {id(state.parameter): state.parameter for state in self._states}
+            owners |= {id(owner): owner for bucket in self._buckets for owner, _ in bucket.results}
+            self._earlier = [(owner, owner.grad.clone()) for owner in owners.values() if owner.grad is not None]
         for state in self._states:
             state.parameter.grad = None
-            state.is_here = state.is_placed = False
+            state.has_gradient = state.is_placed = False
         if self._group.size() == 1:
             return
         trainable = [state.parameter.requires_grad for state in self._states]
@@ -108,13 +120,32 @@ class GradientSum:
             bucket.reset()
         self._arrivals.clear()
         self._num_started = 0
-        self._leave_out = leave_out
-        self._is_active = True
-        self._is_in_backward = False
 
-    def start_backward(self) -> None:
-        """Says that forward is over: gradients that are computed from here on are those of the step. Local."""
+    @contextlib.contextmanager
+    def backward(self, leave_out: bool = False, is_last: bool = True) -> Iterator[None]:
+        """Around a backward: the gradients that it computes are those of the step, added to earlier ones.
+
+        Collective if it is the last, but does not wait for the other ranks.
+
+        Args:
+            leave_out: This rank's gradients count for nothing, whatever they are.
+            is_last: Of the step, on every rank; buckets are sent as they are complete.
+        """
+        for state in self._states:
+            state.has_arrived = False
+        kept = []
+        if leave_out:
+            kept = [state.parameter.grad for state in self._states]
+            for state in self._states:
+                state.parameter.grad = None
+        self._leave_out, self._is_last = leave_out, is_last
         self._is_in_backward = True
+        try:
+            yield
+        finally:
+            self._is_in_backward = False
+            for state, gradient in zip(self._states, kept, strict=False):
+                state.parameter.grad = gradient
 
     def finish(self, numbers: list[float]) -> list[float]:
         """Ends a step, after backward: each `.grad` is the sum over all ranks, with the same bits. Collective, blocks.
@@ -136,21 +167,20 @@ class GradientSum:
                 gradients = [state.parameter.grad for state in self._states if state.parameter.grad is not None]
                 self.found_nonfinite = not all(is_finite(gradient) for gradient in gradients)
             return numbers
-        self._is_active = self._is_in_backward = False
         if not self._buckets:
             self._build()
         for number in range(self._num_started, len(self._buckets)):
             bucket = self._buckets[number]
             for index, view in zip(bucket.indices, bucket.views, strict=True):
                 state = self._states[index]
-                if not state.is_here:
+                if not state.has_gradient:
                     view.zero_()
                 elif state.parameter.grad is not view:  # of the first step
                     self._take(state, view)
             bucket.start()
         for bucket in self._buckets:
             bucket.proceed()
-        own = [state.is_here and not self._leave_out for state in self._states]
+        own = [state.has_gradient for state in self._states]
         is_missing = any(needed and not used for needed, used in zip(self._trainable, own, strict=True))
         has_nonfinite_part = self._check_finite and any(b.gives_parts and b.found_nonfinite() for b in self._buckets)
         *sums, num_missing, num_parts = self._sum([*numbers, is_missing, has_nonfinite_part], torch.float64)
@@ -167,6 +197,9 @@ class GradientSum:
             for index, (owner, gradient) in zip(bucket.indices, bucket.results, strict=True):
                 self._states[index].parameter.grad = None
                 owner.grad = None if index in unused else gradient
+        for owner, earlier in self._earlier:
+            owner.grad = earlier if owner.grad is None else owner.grad.add_(earlier)
+        self._earlier = []
         return sums
 
     def first_nonfinite(self) -> str:
@@ -183,7 +216,8 @@ class GradientSum:
         must have memory of its own.
         """
         state = self._states[self._index[id(parameter)]]
-        if not self._is_in_backward or self._leave_out or state.is_placed or state.is_here or state.view is None:
+        is_free = not (state.is_placed or state.has_arrived or state.has_gradient)
+        if not self._is_in_backward or self._leave_out or not is_free or state.view is None:
             return None
         state.is_placed = True
         return state.view.detach()  # a tensor that nobody else holds: autograd makes such a one `.grad` as it is
@@ -217,10 +251,16 @@ class GradientSum:
         self._buckets = []
 
     def _arrived(self, index: int) -> None:
-        if not self._is_active:
+        if not self._is_in_backward:
             return
         state = self._states[index]
-        if state.is_here:
+        if self._leave_out:
+            state.parameter.grad = None
+            if state.has_arrived:
+                return
+            if self._buckets and not state.has_gradient:
+                state.view.zero_()
+        elif state.has_arrived:
             # A second contribution of the same backward, as with reentrant checkpointing. Autograd has added it to
             # the place in the bucket, which is right until the bucket was sent.
             if self._buckets and self._buckets[state.bucket].is_started:
@@ -229,9 +269,13 @@ class GradientSum:
                     f"non-reentrant activation checkpointing (use_reentrant=False)."
                 )
             return
-        if self._buckets:
-            self._take(state, state.view)
-        state.is_here = True
+        else:
+            if self._buckets:
+                self._take(state, state.view)
+            state.has_gradient = True
+        state.has_arrived = True
+        if not self._is_last:
+            return
         self._arrivals.append(index)
         if not self._buckets:
             return
@@ -242,9 +286,10 @@ class GradientSum:
 
     def _take(self, state: _State, view: Tensor) -> None:
         gradient = state.parameter.grad
-        if self._leave_out:
-            view.zero_()
-        elif not (state.is_placed and gradient.data_ptr() == view.data_ptr()):
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        is_there = (state.is_placed or state.has_gradient) and gradient.data_ptr() == view.data_ptr()
+        if not is_there:
             view.copy_(gradient)
         state.parameter.grad = view
 

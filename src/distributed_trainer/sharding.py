@@ -191,6 +191,22 @@ class ShardedOptimizer:
         updated = [shard.block for shard in self._shards_of(optimizer) if shard and shard.own.grad is not None]
         self._gradient_group.gather_shards(self._memory, updated).wait()
 
+    def clip(self, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+        """Scales the shards' gradients to a norm over all ranks of at most `max_norm`. Collective, blocks.
+
+        Returns:
+            The norm before that, 0-dimensional float32 or float64, the same on every rank.
+        """
+        self._attach(optimizer)
+        shards = [shard.own for shard in self._shards_of(optimizer) if shard is not None]
+        gradients = [own.grad for own in shards if own.grad is not None]
+        own_norm = nn.utils.get_total_norm(gradients)
+        square = own_norm.double().square().reshape(1)
+        self._group.allreduce([square]).wait()
+        norm = square.sqrt()[0].to(own_norm.dtype)
+        nn.utils.clip_grads_with_norm_(shards, max_norm, norm)
+        return norm
+
     def close(self) -> None:
         """Gives the parameters memory of their own. Local; the optimizers are of no use afterwards."""
         self._is_closed = True
@@ -224,9 +240,8 @@ class ShardedOptimizer:
     def _before_step(self, _optimizer: torch.optim.Optimizer, _arguments: Any, _keywords: Any) -> None:
         if not self._is_stepping:
             raise ValueError(
-                "optimizer.step() was called outside of train_step. With shard_optimizer=True the optimizer holds "
-                "this rank's part of each parameter, and works within train_step only. Make another for steps of "
-                "your own."
+                "optimizer.step() was called by itself. With shard_optimizer=True the optimizer holds this rank's part "
+                "of each parameter, which the other ranks must get: call trainer.step(optimizer)."
             )
 
     def _gather_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank's share of one step: what of the batch it computes, in which pieces, and what each counts in the mean.
+
+A step of k microbatches cuts the batch into k pieces, one after the other, and each piece over the ranks. So piece m
+on N ranks holds the samples of piece m on one process, as BatchNorm's statistics require. Every rank has as many pieces
+as every other; where one has no samples of a piece it gets a *ghost*, a stand-in with which it takes part in all that
+the ranks do together, and which counts for nothing. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .criterion import Weighted, local_weight, split_criterion
+from .data import batch_size, part_bounds, slice_batch, zero_sample
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a rank runs forward and backward with, once."""
+
+    inputs: Any
+    targets: Any
+    criterion: Callable[..., Any]
+    weight: float
+    """Of this piece."""
+    is_ghost: bool
+
+
+@dataclass(frozen=True)
+class Share:
+    """All pieces of a rank in one step."""
+
+    pieces: list[Piece]
+    total: float
+    """The weight of the global batch."""
+    source: int
+    """First rank that has samples: its buffers become everybody's."""
+
+
+def share_of_batch(
+    inputs: Any,
+    targets: Any,
+    criterion: Callable[..., Any],
+    num_samples: int,
+    ranks: tuple[int, int],
+    microbatches: int,
+) -> Share:
+    """The share in a batch that every rank has.
+
+    Args:
+        inputs: Of the whole batch.
+        targets: Likewise.
+        criterion: Likewise; what depends on the sample is cut with it.
+        num_samples: Of the batch, at least 1.
+        ranks: This rank, and their number.
+        microbatches: How many; no more than there are samples are made.
+    """
+    pieces = []
+    num_pieces = min(microbatches, num_samples)
+    for number in range(num_pieces):
+        first, last = part_bounds(num_samples, number, num_pieces)
+        start, stop = part_bounds(last - first, *ranks)
+        pieces.append(_piece(inputs, targets, criterion, first + start, first + stop, stand_in=first))
+    return Share(pieces, local_weight(criterion, targets, num_samples), 0)
+
+
+def share_of_part(
+    inputs: Any,
+    targets: Any,
+    criterion: Callable[..., Any],
+    headers: Sequence[tuple[float, float]],
+    rank: int,
+    microbatches: int,
+) -> Share:
+    """The share of a rank that brings samples of its own.
+
+    Args:
+        inputs: This rank's.
+        targets: Likewise.
+        criterion: Likewise.
+        headers: Number of samples and weight of each rank's part; some rank's is not empty.
+        rank: This one. If its number of samples is 0, its inputs stand in for a part.
+        microbatches: How many; no more than the longest part has samples are made.
+    """
+    num_samples = int(headers[rank][0])
+    num_pieces = min(microbatches, int(max(samples for samples, _ in headers)))
+    if not batch_size({"inputs": inputs, "targets": targets}):
+        inputs, targets = zero_sample((inputs, targets))
+    pieces = []
+    for number in range(num_pieces):
+        start, stop = part_bounds(num_samples, number, num_pieces)
+        pieces.append(_piece(inputs, targets, criterion, start, stop, stand_in=0))
+    source = next(rank for rank, (samples, _) in enumerate(headers) if samples)
+    return Share(pieces, sum(weight for _, weight in headers), source)
+
+
+def _piece(inputs: Any, targets: Any, criterion: Callable[..., Any], start: int, stop: int, stand_in: int) -> Piece:
+    """Samples start to stop, or a ghost that holds sample `stand_in` where there are none or they have no weight."""
+    is_ghost = start == stop
+    if is_ghost:
+        start, stop = stand_in, stand_in + 1
+    piece = slice_batch((inputs, targets), start, stop)
+    criterion = split_criterion(criterion, targets, start, stop)
+    weight = 0.0 if is_ghost else local_weight(criterion, piece[1], stop - start)
+    # Of a loss of torch's, a piece without weight is an exact 0; of any other it may be a mean over nothing.
+    return Piece(*piece, criterion, weight, is_ghost or (weight == 0 and isinstance(criterion, Weighted)))

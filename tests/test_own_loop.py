@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training loops of the user's own, with forward, backward and step: against the same loop on one process."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import everywhere, on_ranks
+from test_exactness import F64, Net, NormNet, batch
+from test_microbatches import assert_same, sgd
+from torch import nn
+
+from distributed_trainer import MismatchError, create_distributed_trainer
+
+several = on_ranks(2, 3, 4, (3, 2))
+
+
+def own_loss(trainer, model, x, y, criterion=F.cross_entropy):
+    """The loss of this rank's part, and its weight; of the first sample and 0 where the part is empty."""
+    own_x, own_y = trainer.split((x, y))
+    weight = len(own_y)
+    if not weight:
+        own_x, own_y = x[:1], y[:1]
+    return criterion(model(own_x), own_y), weight
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
+@pytest.mark.parametrize("net", [Net, NormNet])
+@everywhere
+def test_loop(world, net, sharded):
+    model, reference = net(F64), net(F64)
+    trainer = create_distributed_trainer(model, shard_optimizer=sharded)
+    optimizer, plain_optimizer = sgd(model), sgd(reference)
+    for step, num_samples in enumerate([12, 7, 9] if net is NormNet else [12, 7, 2, 1]):
+        x, y = batch(num_samples, F64, step)
+        plain_optimizer.zero_grad()
+        expected = F.cross_entropy(reference(x), y)
+        expected.backward()
+        norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.3)
+        plain_optimizer.step()
+        with trainer.forward():
+            loss, weight = own_loss(trainer, model, x, y)
+        optimizer.zero_grad()
+        total = trainer.backward(loss, weight=weight)
+        torch.testing.assert_close(total, expected.detach(), rtol=1e-11, atol=0)
+        assert total.shape == ()
+        torch.testing.assert_close(trainer.step(optimizer, clip_norm=0.3), norm, rtol=1e-11, atol=0)
+    assert_same(model, reference, 1e-10)
+    trainer.close()
+
+
+@everywhere
+def test_batchnorm_needs_forward(world):
+    """Elsewhere its statistics would be those of a part, unsaid."""
+    model = NormNet(F64)
+    trainer = create_distributed_trainer(model)
+    loss, weight = own_loss(trainer, model, *batch(8, F64))
+    if world.size == 1:
+        trainer.backward(loss, weight=weight)
+    else:
+        with pytest.raises(ValueError, match=r"with trainer\.forward"):
+            trainer.backward(loss, weight=weight)
+    trainer.close()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@everywhere
+def test_two_losses(world, set_to_none):
+    """Gradients of several backwards add up in `.grad`, as in plain torch, however it is cleared."""
+    model, reference = Net(F64), Net(F64)
+    trainer = create_distributed_trainer(model)
+    optimizer, plain_optimizer = sgd(model), sgd(reference)
+    for step in range(3):
+        plain_optimizer.zero_grad(set_to_none)
+        optimizer.zero_grad(set_to_none)
+        for x, y in (batch(7, F64, step), batch(5, F64, 100 + step)):
+            F.cross_entropy(reference(x), y).backward()
+            trainer.backward(*own_loss(trainer, model, x, y))
+        for ours, plain in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-10, atol=1e-14)
+        plain_optimizer.step()
+        optimizer.step()  # as good as trainer.step here
+    assert_same(model, reference, 1e-10)
+    trainer.close()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
+@everywhere
+def test_no_sync(world, sharded):
+    """Backwards whose gradients are sent once, on top of what `.grad` held."""
+    model, reference = Net(F64), Net(F64)
+    trainer = create_distributed_trainer(model, shard_optimizer=sharded)
+    optimizer, plain_optimizer = sgd(model), sgd(reference)
+    for step in range(3):
+        plain_optimizer.zero_grad()
+        optimizer.zero_grad()
+        for number in range(4):
+            x, y = batch([7, 2, 9, 6][number], F64, 10 * step + number)
+            F.cross_entropy(reference(x), y).backward()
+            if number in (1, 2):
+                with trainer.no_sync():
+                    trainer.backward(*own_loss(trainer, model, x, y))
+                    with pytest.raises(ValueError, match="inside no_sync"):
+                        trainer.step(optimizer)
+            else:
+                trainer.backward(*own_loss(trainer, model, x, y))
+        plain_optimizer.step()
+        trainer.step(optimizer)
+    assert_same(model, reference, 1e-10)
+    trainer.close()
+
+
+def mlp(num_inputs, num_hidden, num_outputs):
+    first, last = nn.Linear(num_inputs, num_hidden, dtype=F64), nn.Linear(num_hidden, num_outputs, dtype=F64)
+    return nn.Sequential(first, nn.Tanh(), last)
+
+
+def gan(trained, generator, discriminator, optimizers, real, noise):
+    """One round of both. `trained` gives (part of a batch, backward for the discriminator, for the generator)."""
+    cut, backward_d, backward_g, step_d, step_g = trained
+    real, noise = cut(real), cut(noise)
+    optimizers[1].zero_grad()
+    fake = generator(noise)
+    ones, zeros = torch.ones(len(real), 1, dtype=F64), torch.zeros(len(real), 1, dtype=F64)
+    loss = F.binary_cross_entropy_with_logits(discriminator(real), ones)
+    backward_d(loss + F.binary_cross_entropy_with_logits(discriminator(fake.detach()), zeros))
+    step_d(optimizers[1])
+    optimizers[0].zero_grad()
+    backward_g(F.binary_cross_entropy_with_logits(discriminator(fake), ones))
+    step_g(optimizers[0])
+
+
+@pytest.mark.parametrize("num_trainers", [1, 2])
+@everywhere
+def test_gan(world, num_trainers):
+    """Two models and two optimizers, with a trainer for each or one for both."""
+    torch.manual_seed(0)
+    pair = nn.ModuleDict({"g": mlp(3, 8, 2), "d": mlp(2, 8, 1)})
+    reference = copy.deepcopy(pair)
+    make = [lambda m: torch.optim.Adam(m.parameters(), lr=0.01), lambda m: torch.optim.SGD(m.parameters(), lr=0.1)]
+    plain_optimizers = [make[0](reference["g"]), make[1](reference["d"])]
+    optimizers = [make[0](pair["g"]), make[1](pair["d"])]
+    if num_trainers == 1:
+        trainer_g = trainer_d = create_distributed_trainer(pair)
+    else:
+        trainer_g, trainer_d = create_distributed_trainer(pair["g"]), create_distributed_trainer(pair["d"])
+
+    def plain_step(optimizer):
+        optimizer.step()
+
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        real, noise = (torch.randn(7, n, generator=generator, dtype=F64) for n in (2, 3))
+        plain = (lambda x: x, torch.Tensor.backward, torch.Tensor.backward, plain_step, plain_step)
+        gan(plain, reference["g"], reference["d"], plain_optimizers, real, noise)
+        weight = len(trainer_d.split(real))
+        ours = (
+            trainer_d.split,
+            lambda loss, weight=weight: trainer_d.backward(loss, weight=weight),
+            lambda loss, weight=weight: trainer_g.backward(loss, weight=weight),
+            trainer_d.step,
+            trainer_g.step,
+        )
+        gan(ours, pair["g"], pair["d"], optimizers, real, noise)
+    assert_same(pair, reference, 1e-10)
+    for trainer in {trainer_g, trainer_d}:
+        trainer.close()
+
+
+@everywhere
+def test_gradient_penalty(world):
+    """Double backward: the loss holds a gradient."""
+    torch.manual_seed(0)
+    model = mlp(3, 8, 1)
+    reference = copy.deepcopy(model)
+    trainer = create_distributed_trainer(model)
+
+    def penalised(net, x):
+        x = x.clone().requires_grad_()
+        output = net(x)
+        (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        return output.mean() + (slope.norm(dim=1) - 1).square().mean()
+
+    optimizer, plain_optimizer = sgd(model), sgd(reference)
+    for step in range(3):
+        x = torch.randn(7, 3, generator=torch.Generator().manual_seed(step), dtype=F64)
+        plain_optimizer.zero_grad()
+        penalised(reference, x).backward()
+        plain_optimizer.step()
+        part = trainer.split(x)
+        optimizer.zero_grad()
+        with trainer.forward():
+            loss = penalised(model, part)
+        trainer.backward(loss, weight=len(part))
+        trainer.step(optimizer)
+    assert_same(model, reference, 1e-10)
+    trainer.close()
+
+
+@everywhere
+def test_lbfgs(world):
+    model, reference = Net(F64), Net(F64)
+    trainer = create_distributed_trainer(model)
+    x, y = batch(12, F64)
+    optimizer, plain_optimizer = (
+        torch.optim.LBFGS(net.parameters(), max_iter=5, line_search_fn="strong_wolfe") for net in (model, reference)
+    )
+
+    def plain_closure():
+        plain_optimizer.zero_grad()
+        loss = F.cross_entropy(reference(x), y)
+        loss.backward()
+        return loss
+
+    def closure():
+        optimizer.zero_grad()
+        return trainer.backward(*own_loss(trainer, model, x, y))
+
+    for _ in range(2):
+        plain_optimizer.step(plain_closure)
+        trainer.step(optimizer, closure)
+    assert_same(model, reference, 1e-8)
+    with pytest.raises(ValueError, match="clip inside of the closure"):
+        trainer.step(optimizer, closure, clip_norm=1.0)
+    trainer.close()
+
+
+@everywhere
+def test_grad_scaler(world):
+    """All ranks skip the step in which one part of the batch overflows float16's scale, and go on alike."""
+    model, reference = Net(torch.float32), Net(torch.float32)
+    trainer = create_distributed_trainer(model)
+    optimizer, plain_optimizer = sgd(model), sgd(reference)
+    scaler, plain_scaler = (torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2) for _ in range(2))
+    for step in range(5):
+        x, y = batch(8, torch.float32, step)
+        if step == 2:
+            x[6] = torch.inf
+        plain_optimizer.zero_grad()
+        plain_scaler.scale(F.cross_entropy(reference(x), y)).backward()
+        plain_scaler.step(plain_optimizer)
+        plain_scaler.update()
+        optimizer.zero_grad()
+        loss, weight = own_loss(trainer, model, x, y)
+        trainer.backward(scaler.scale(loss), weight=weight)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == plain_scaler.get_scale()
+    assert scaler.get_scale() != 2.0**10
+    assert_same(model, reference, 1e-5)
+    trainer.close()
+
+
+@everywhere
+def test_sum(world):
+    """weight=None adds the ranks' losses."""
+    model, reference = Net(F64), Net(F64)
+    trainer = create_distributed_trainer(model)
+    x, y = batch(8, F64)
+    expected = F.cross_entropy(reference(x), y, reduction="sum")
+    expected.backward()
+    part_x, part_y = trainer.split((x, y))
+    total = trainer.backward(F.cross_entropy(model(part_x), part_y, reduction="sum"), weight=None)
+    torch.testing.assert_close(total, expected.detach(), rtol=1e-12, atol=0)
+    for ours, plain in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-11, atol=1e-14)
+    trainer.close()
+
+
+@everywhere
+def test_sparse_gradients(world):
+    """Of an embedding; they become dense where ranks are to add them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True, dtype=F64), nn.Linear(4, 2, dtype=F64))
+    reference = copy.deepcopy(model)
+    trainer = create_distributed_trainer(model)
+    optimizer, plain_optimizer = (torch.optim.SGD(net.parameters(), lr=0.1) for net in (model, reference))
+    for step in range(3):
+        x = (torch.arange(7) * (step + 3)) % 10
+        y = x % 2
+        plain_optimizer.zero_grad()
+        F.cross_entropy(reference(x), y).backward()
+        plain_optimizer.step()
+        trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizer, microbatches=1 + step)
+    assert_same(model, reference, 1e-11)
+    trainer.close()
+
+
+@several
+def test_nonfinite(world):
+    """Of any backward since the last step."""
+    model = Net(F64)
+    trainer = create_distributed_trainer(model, nonfinite_gradients="raise")
+    optimizer = sgd(model)
+    before = copy.deepcopy(model)
+    x, y = batch(8, F64)
+    loss, weight = own_loss(trainer, model, x, y)
+    trainer.backward(loss * (torch.nan if world.rank == 1 else 1), weight=weight)
+    optimizer.zero_grad()
+    trainer.backward(*own_loss(trainer, model, x, y))
+    with pytest.raises(FloatingPointError, match="infinite or NaN"):
+        trainer.step(optimizer)
+    assert_same(model, before, 0)
+    trainer.step(optimizer)
+    trainer.close()
+
+
+@several
+def test_misuse(world):
+    model = Net(F64)
+    trainer = create_distributed_trainer(model)
+    loss, _ = own_loss(trainer, model, *batch(8, F64))
+    for wrong, kind, text in [
+        ((loss, -1.0), ValueError, "weight must be finite and not negative"),
+        ((loss, float("nan")), ValueError, "weight must be finite"),
+        ((torch.zeros(3), 1.0), TypeError, r"one element, not a tensor of shape \[3\]"),
+        ((1.0, 1.0), TypeError, "one element, not 1.0"),
+        ((loss, 0), ValueError, "weight is 0 on every rank"),
+    ]:
+        with pytest.raises(kind, match=text):
+            trainer.backward(*wrong)
+    with pytest.raises(MismatchError, match="weight=None to backward"):
+        trainer.backward(loss, weight=None if world.rank else 1.0)
+    trainer.backward(loss, weight=1.0)
+    trainer.close()
+    with pytest.raises(ValueError, match="was closed"):
+        trainer.backward(loss, weight=1.0)
