@@ -17,7 +17,7 @@ __main__
 __init__
 create
 trainer
-share advice replica
+share advice evaluate loader replica
 criterion
 data batchnorm direct alignment sharding
 gradients

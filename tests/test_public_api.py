@@ -17,7 +17,7 @@ NAMES = [
     "create_distributed_trainer",
 ]
 MEMBERS = [
-    *("backward", "batches", "close", "forward", "gradient_norm", "no_sync", "num_skipped_steps"),
+    *("backward", "batches", "close", "evaluate", "forward", "gradient_norm", "loader", "no_sync", "num_skipped_steps"),
     *("split", "step", "train_step"),
 ]
 ATTRIBUTES = ["device", "local_rank", "model", "rank", "world_size"]

@@ -7,16 +7,18 @@ import contextlib
 import functools
 import math
 import operator
+import random
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from .advice import Advice
-from .backend import gather_bytes
+from .backend import gather_bytes, gather_objects
 from .criterion import Weighted, local_loss, local_weight, loss_terms
 from .data import (
     batch_size,
@@ -29,6 +31,8 @@ from .data import (
     to_device,
 )
 from .errors import MismatchError
+from .evaluate import Evaluation, evaluate
+from .loader import PartLoader
 from .options import TrainerOptions
 from .replica import Replica
 from .share import Piece, Share, share_of_batch, share_of_part
@@ -67,6 +71,7 @@ class DistributedTrainer:
         self._options = options
         self._is_closed = False
         self._is_out_of_data = False
+        self._takes_whole_batches = options.split_batches
         # Of loops that call `backward` themselves.
         self._holds_back = self._is_accumulating = False
         self._has_run_forward = False
@@ -319,6 +324,77 @@ class DistributedTrainer:
             finally:
                 self._is_out_of_data = False
 
+    def loader(
+        self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool = False, drop_last: bool = False, **options: Any
+    ) -> PartLoader:
+        """A loader of global batches of which each rank reads its part only. Collective, blocks.
+
+        From now on `train_step` takes parts, as this gives them. Which samples a batch holds, their order in each epoch
+        and what augmentation draws for them (from `random`, NumPy and torch) are the same for any number of ranks and
+        workers; there is no sampler and no `set_epoch`.
+
+        Args:
+            dataset: With an index, or iterable; then each rank goes through all of it and keeps its part.
+            batch_size: Samples of a global batch.
+            shuffle: A new order in each epoch.
+            drop_last: Leave out a last batch that is smaller.
+            options: Others of torch.utils.data.DataLoader: `num_workers`, `collate_fn`, `pin_memory` and so on.
+
+        Raises:
+            TypeError, ValueError: An argument is not what is described here.
+            ValueError: The trainer has trained on whole batches.
+        """
+        self._check_open()
+        if self._takes_whole_batches and self._replica.num_steps:
+            raise ValueError(
+                "this trainer has trained on whole batches, which every rank passes alike. Make the loader before the "
+                "first step, or pass whole batches only."
+            )
+        seed = gather_objects(self._group, random.getrandbits(48))[0]
+        loader = PartLoader(
+            dataset, batch_size, (self.rank, self.world_size), seed, shuffle=shuffle, drop_last=drop_last, **options
+        )
+        self._takes_whole_batches = False
+        return loader
+
+    def evaluate(
+        self,
+        loader: Iterable[Any],
+        criterion: Callable[..., Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        weight: Callable[[Any], Any] | None = None,
+    ) -> dict[str, Any]:
+        """The loss and metrics over all samples of a loader, each counted once. Collective, blocks.
+
+        The model is in evaluation mode meanwhile, without gradients.
+
+        Args:
+            loader: Gives pairs (inputs, targets). One of `trainer.loader`'s gives parts, any other what
+                `split_batches` says: whole batches, the same on every rank, of which each rank computes a part, or
+                batches of this rank's own, in any number.
+            criterion: As of `train_step`.
+            metrics: By name, an object of torchmetrics, which is reset first, or a function of (outputs, targets) that
+                returns a mean over samples, or a tensor to take the mean of, such as
+                `lambda outputs, targets: outputs.argmax(1) == targets`.
+            weight: As of `train_step`, for the criterion.
+
+        Returns:
+            "loss" if there is a criterion, as one process has it over all samples, and each metric by its name:
+            numbers, or what the torchmetrics object computes. The same on every rank.
+
+        Raises:
+            TypeError, ValueError: An argument is not what is described here, or there are no samples.
+            MismatchError: With whole batches, the ranks' batches differ. The same on every rank.
+        """
+        self._check_open()
+        if weight is not None:
+            criterion = Weighted(criterion, weight)
+        evaluation = Evaluation(criterion, metrics or {})
+        is_split = isinstance(loader, PartLoader) or not self._options.split_batches
+        parts = loader if is_split else self._parts_of(loader)
+        return evaluate(self.model, parts, evaluation, self._group, self.device)
+
     def close(self) -> None:
         """Lets go of the model: its gradients are no longer summed. Local; MPI goes on until the process ends.
 
@@ -343,11 +419,17 @@ class DistributedTrainer:
             f"device={str(self.device)!r}, split_batches={self._options.split_batches})"
         )
 
+    def _parts_of(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """This rank's parts of whole batches. Each step is collective."""
+        for batch in loader:
+            self._check_same_batch({"batch": batch})
+            yield self.split(batch)
+
     def _share(self, inputs: Any, targets: Any, criterion: Callable[..., Any], microbatches: int) -> Share:
         """Cuts the batch, or weighs this rank's own part. Collective unless there is one rank."""
         roots = {"inputs": inputs, "targets": targets}
         num_samples = batch_size(roots)
-        if self._options.split_batches:
+        if self._takes_whole_batches:
             if num_samples == 0:
                 raise ValueError("the batch has no samples; skip it on every rank")
             ranks = (self.rank, self.world_size)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads global batches of which each rank reads its part only.
+
+Which samples make up batch b of epoch e follows from the loader's seed alone, so it is the same for any number of ranks
+and of workers; a rank reads samples `part_bounds(batch size, rank, world_size)` of it. The random streams are set anew
+before each sample is read, from the seed, the epoch and the sample's number: what augmentation draws does not depend
+on who reads it either. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+
+from .data import part_bounds, slice_batch
+
+
+class PartLoader:
+    """This rank's parts of global batches, an epoch for each iteration. Made by `DistributedTrainer.loader`.
+
+    A part may be empty: then its tensors have no samples, and `train_step` takes part without any. Iterating again
+    gives the next epoch, in another order if it shuffles; `len()` is the number of batches in each.
+
+    Attributes:
+        epoch: Number of the next epoch, from 0, or of that in progress.
+        num_read: Batches of it that were given out.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        ranks: tuple[int, int],
+        seed: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        **options: Any,
+    ) -> None:
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"batch_size must be an int of at least 1, the samples of a global batch: {batch_size!r}")
+        for name in ("sampler", "batch_sampler"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{name} does not go with trainer.loader, which chooses each rank's samples itself. Give it a "
+                    f"torch.utils.data.Subset, or pass whole batches of a loader of your own to train_step."
+                )
+        self.epoch = 0
+        self.num_read = 0
+        self._resumes = False
+        self._batch_size, self._drop_last = batch_size, drop_last
+        self._plan: _IndexedBatches | _IterableBatches
+        if isinstance(dataset, IterableDataset):
+            if shuffle:
+                raise ValueError("shuffle=True needs a dataset with an index; an iterable one shuffles by itself")
+            if options.get("num_workers", 0) > 1 or options.get("persistent_workers"):
+                raise ValueError("of an iterable dataset one worker can read, anew for each epoch: num_workers=1")
+            self._length = len(dataset) if hasattr(dataset, "__len__") else None
+            collate = options.pop("collate_fn", None) or default_collate
+            self._plan = _IterableBatches(dataset, batch_size, drop_last, ranks, collate)
+            self._loader = DataLoader(self._plan, batch_size=None, collate_fn=_as_it_is, **options)
+        else:
+            self._length = len(dataset)  # type: ignore[arg-type]
+            self._plan = _IndexedBatches(self._length, batch_size, len(self), ranks, seed, shuffle)
+            self._loader = DataLoader(_Seeded(dataset, seed), batch_sampler=self._plan, **options)
+
+    def __len__(self) -> int:
+        """Number of global batches in an epoch.
+
+        Raises:
+            TypeError: The dataset does not know its length.
+        """
+        if self._length is None:
+            raise TypeError("the dataset has no length, so nobody knows the number of batches")
+        return self._length // self._batch_size if self._drop_last else -(-self._length // self._batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Gives this rank's parts of an epoch: the next, or the rest of the one that `load_state_dict` names."""
+        if self.num_read and not self._resumes:  # the last loop was left early
+            self.epoch, self.num_read = self.epoch + 1, 0
+        self._resumes = False
+        self._plan.epoch, self._plan.first = self.epoch, self.num_read
+        for batch in self._loader:
+            part, is_empty = batch if isinstance(self._plan, _IterableBatches) else (batch, None)
+            if is_empty is None:
+                is_empty = self._plan.is_empty(self.num_read)
+            self.num_read += 1
+            yield slice_batch(part, 0, 0) if is_empty else part
+        self.epoch, self.num_read = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where it is: the epoch, and how many of its batches were given out. Local; the same on every rank."""
+        return {"epoch": self.epoch, "num_read": self.num_read}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Has the next iteration go on from there. Local; the dataset, batch size and seed are to be the same."""
+        self.epoch, self.num_read = state["epoch"], state["num_read"]
+        self._resumes = True
+
+
+class _IndexedBatches:
+    """A batch sampler: for each global batch the numbers of this rank's samples, each with its epoch."""
+
+    def __init__(
+        self, num_samples: int, batch_size: int, num_batches: int, ranks: tuple[int, int], seed: int, shuffle: bool
+    ) -> None:
+        self.epoch = self.first = 0
+        self._num_samples, self._batch_size, self._num_batches = num_samples, batch_size, num_batches
+        self._ranks, self._seed, self._shuffle = ranks, seed, shuffle
+
+    def __len__(self) -> int:
+        return self._num_batches - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order: Sequence[int] = range(self._num_samples)
+        if self._shuffle:
+            generator = torch.Generator().manual_seed(self._seed + self.epoch)
+            order = torch.randperm(self._num_samples, generator=generator).tolist()
+        for number in range(self.first, self._num_batches):
+            batch = order[number * self._batch_size : (number + 1) * self._batch_size]
+            start, stop = part_bounds(len(batch), *self._ranks)
+            own = batch[start:stop] or batch[:1]  # of which the shapes are taken
+            yield [(self.epoch, index) for index in own]
+
+    def is_empty(self, number: int) -> bool:
+        """Whether this rank has no samples of batch `number`."""
+        num_samples = min(self._batch_size, self._num_samples - number * self._batch_size)
+        start, stop = part_bounds(num_samples, *self._ranks)
+        return start == stop
+
+
+class _Seeded(Dataset[Any]):
+    """A dataset whose samples are read with random streams of their own."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        with _random_streams(hash((self._seed, epoch, index))):
+            return self._dataset[index]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
+        if type(self._dataset) is TensorDataset:  # which draws nothing
+            return [self._dataset[index] for _, index in keys]
+        return [self[key] for key in keys]
+
+
+class _IterableBatches(IterableDataset[Any]):
+    """Of an iterable dataset: this rank's part of each global batch, and whether it is empty."""
+
+    def __init__(
+        self, dataset: Any, batch_size: int, drop_last: bool, ranks: tuple[int, int], collate: Callable[..., Any]
+    ) -> None:
+        self.epoch = self.first = 0
+        self._dataset, self._batch_size, self._drop_last = dataset, batch_size, drop_last
+        self._ranks, self._collate = ranks, collate
+
+    def __iter__(self) -> Iterator[tuple[Any, bool]]:
+        samples = iter(self._dataset)
+        for _ in itertools.islice(samples, self.first * self._batch_size):
+            pass
+        while batch := list(itertools.islice(samples, self._batch_size)):
+            if self._drop_last and len(batch) < self._batch_size:
+                return
+            start, stop = part_bounds(len(batch), *self._ranks)
+            yield self._collate(batch[start:stop] or batch[:1]), start == stop
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+@contextlib.contextmanager
+def _random_streams(seed: int) -> Iterator[None]:
+    """Within it `random`, NumPy and torch draw from streams that begin with the seed."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
