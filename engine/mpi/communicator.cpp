@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mpi/communicator.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -33,9 +34,8 @@ std::size_t Transfer::num_bytes() const {
 }
 
 bool test_all(std::span<Transfer> transfers) {
-  bool complete = true;
-  for (Transfer& transfer : transfers) complete = transfer.test() && complete;
-  return complete;
+  // The first that is not complete ends it: each test of such a one has MPI look at the network.
+  return std::ranges::all_of(transfers, [](Transfer& transfer) { return transfer.test(); });
 }
 
 Communicator::Communicator(MPI_Comm handle) : handle_(handle) {
