@@ -252,6 +252,21 @@ def test_grad_scaler(world):
     trainer.close()
 
 
+@on_ranks(1, 2)
+def test_step_without_closure(world):
+    """An optimizer of one's own, whose step() takes nothing."""
+
+    class Plain(torch.optim.SGD):
+        def step(self):
+            super().step()
+
+    trainer = create_distributed_trainer(model := Net(F64))
+    before = copy.deepcopy(model)
+    trainer.train_step(*batch(8, F64), nn.CrossEntropyLoss(), Plain(model.parameters(), lr=0.1))
+    assert not torch.equal(model.conv.weight, before.conv.weight)
+    trainer.close()
+
+
 @everywhere
 def test_sum(world):
     """weight=None adds the ranks' losses."""

@@ -58,6 +58,18 @@ def test_example(tmp_path, command):
     assert "optimizer's state" not in result.stderr.replace("the state of the last one", "optimizer's state")
 
 
+def test_training_document(tmp_path):
+    """The code of docs/training.md, from its first block to its last."""
+    document = (ROOT / "docs" / "training.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", document, re.DOTALL | re.MULTILINE)
+    assert len(blocks) >= 6
+    result = run_script(tmp_path, "\n".join(blocks), "mpirun -np 2 python train.py")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("trained on 2") == 2
+    assert len(set(re.findall(r"accuracy ([\d.]+)%", result.stdout))) == 1
+    assert "WARNING" not in result.stderr
+
+
 def test_example_with_a_new_optimizer_each_step(tmp_path):
     """As users write it first; one warning tells them."""
     code = CODE[0].replace("optimizer = torch.optim.Adam(model.parameters())\n", "")

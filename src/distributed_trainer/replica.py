@@ -127,7 +127,7 @@ class Replica:
             if clip_norm is not None:
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
                 self.gradient_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-            optimizer.step(closure)
+            optimizer.step() if closure is None else optimizer.step(closure)  # not every step() takes one
         return True
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, is_known: bool) -> set[int]:
