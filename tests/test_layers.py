@@ -18,7 +18,7 @@ __init__
 create
 trainer
 share advice evaluate loader replica
-criterion
+criterion reproducible
 data batchnorm direct alignment sharding
 gradients
 options

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """trainer.loader: each rank reads its part, and the samples are those of one process, in its order."""
 
+import functools
 import itertools
 import random
 
@@ -14,7 +15,12 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from distributed_trainer import create_distributed_trainer
+from distributed_trainer.data import part_bounds
 from distributed_trainer.loader import PartLoader
+
+
+def part_of(rank, world_size):
+    return functools.partial(part_bounds, rank=rank, world_size=world_size)
 
 
 class Squares(Dataset):
@@ -55,7 +61,9 @@ def test_same_for_any_number_of_ranks(num_samples, shuffle):
     """Batches, their order in three epochs, and what the samples drew."""
     epochs = {}
     for num_ranks in (1, 2, 3, 4):
-        loaders = [PartLoader(Squares(num_samples), 5, (r, num_ranks), 7, shuffle=shuffle) for r in range(num_ranks)]
+        loaders = [
+            PartLoader(Squares(num_samples), 5, part_of(r, num_ranks), 7, shuffle=shuffle) for r in range(num_ranks)
+        ]
         epochs[num_ranks] = [whole(loaders.__getitem__, num_ranks) for _ in range(3)]
         assert all(len(loader) == -(-num_samples // 5) for loader in loaders)
         for epoch in epochs[num_ranks]:
@@ -73,7 +81,7 @@ def test_same_for_any_number_of_ranks(num_samples, shuffle):
 def test_reads_its_part_only():
     datasets = [Squares(17) for _ in range(3)]
     for rank, dataset in enumerate(datasets):
-        list(PartLoader(dataset, 5, (rank, 3), 7))
+        list(PartLoader(dataset, 5, part_of(rank, 3), 7))
     assert [len(dataset.read) for dataset in datasets] == [7, 7, 4]  # of the last 2 rank 2 reads one, for its shape
 
 
@@ -82,7 +90,7 @@ def test_own_streams_go_on():
     torch.manual_seed(3)
     expected = torch.rand(2).tolist()
     torch.manual_seed(3)
-    loader = iter(PartLoader(Squares(10), 5, (0, 2), 7))
+    loader = iter(PartLoader(Squares(10), 5, part_of(0, 2), 7))
     drawn = []
     for _ in range(2):
         state = torch.get_rng_state()  # DataLoader draws a seed for its workers at the start of an epoch
@@ -94,13 +102,13 @@ def test_own_streams_go_on():
 
 def test_workers():
     """By fork, two of them; the same samples."""
-    loaders = [PartLoader(Squares(17), 5, (1, 2), 7, shuffle=True, num_workers=number) for number in (0, 2)]
+    loaders = [PartLoader(Squares(17), 5, part_of(1, 2), 7, shuffle=True, num_workers=number) for number in (0, 2)]
     for _ in range(2):
         torch.testing.assert_close(*(list(loader) for loader in loaders), rtol=0, atol=0)
 
 
 def test_drop_last():
-    loader = PartLoader(Squares(17), 5, (1, 2), 7, drop_last=True)
+    loader = PartLoader(Squares(17), 5, part_of(1, 2), 7, drop_last=True)
     assert len(loader) == 3
     assert [len(index) for index, _ in loader] == [2, 2, 2]
 
@@ -114,17 +122,17 @@ def test_resume(make, num_workers):
         return [part[0].tolist() if make is Squares else part.tolist() for part in loader]
 
     options = {"num_workers": num_workers} | ({"shuffle": True} if make is Squares else {})
-    expected = PartLoader(make(17), 5, (0, 2), 7, **options)
+    expected = PartLoader(make(17), 5, part_of(0, 2), 7, **options)
     epochs = [read(expected) for _ in range(3)]
     for num_read in range(5):
-        first = PartLoader(make(17), 5, (0, 2), 7, **options)
+        first = PartLoader(make(17), 5, part_of(0, 2), 7, **options)
         assert read(first) == epochs[0]
         for _, part in zip(range(num_read), first, strict=False):
             state = first.state_dict()
             assert part is not None
         if num_read == 0:
             state = first.state_dict()
-        resumed = PartLoader(make(17), 5, (0, 2), 7, **options)
+        resumed = PartLoader(make(17), 5, part_of(0, 2), 7, **options)
         resumed.load_state_dict(state)
         assert read(resumed) == epochs[1][num_read:]
         assert read(resumed) == epochs[2]
@@ -132,7 +140,7 @@ def test_resume(make, num_workers):
 
 def test_left_early():
     """A loop that was left is not gone on with: the next one is an epoch of its own."""
-    loader = PartLoader(Squares(17), 5, (0, 1), 7)
+    loader = PartLoader(Squares(17), 5, part_of(0, 1), 7)
     next(iter(loader))
     assert loader.state_dict() == {"epoch": 0, "num_read": 1}
     assert len(list(loader)) == 4
@@ -141,7 +149,7 @@ def test_left_early():
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_iterable(num_workers):
-    loaders = [PartLoader(Stream(12), 5, (rank, 3), 7, num_workers=num_workers) for rank in range(3)]
+    loaders = [PartLoader(Stream(12), 5, part_of(rank, 3), 7, num_workers=num_workers) for rank in range(3)]
     parts = [[part.tolist() for part in loader] for loader in loaders]
     assert parts == [[[0, 1], [5, 6], [10]], [[2, 3], [7, 8], [11]], [[4], [9], []]]
     with pytest.raises(TypeError, match="has no length"):
@@ -155,11 +163,11 @@ def test_wrong_arguments():
         ({"batch_sampler": [[0]]}, "batch_sampler does not go with"),
     ]:
         with pytest.raises(ValueError, match=text):
-            PartLoader(Squares(10), **{"batch_size": 5, "ranks": (0, 1), "seed": 7, **options})
+            PartLoader(Squares(10), **{"batch_size": 5, "part_of": part_of(0, 1), "seed": 7, **options})
     with pytest.raises(ValueError, match="shuffle=True needs a dataset with an index"):
-        PartLoader(Stream(10), 5, (0, 1), 7, shuffle=True)
+        PartLoader(Stream(10), 5, part_of(0, 1), 7, shuffle=True)
     with pytest.raises(ValueError, match="num_workers=1"):
-        PartLoader(Stream(10), 5, (0, 1), 7, num_workers=2)
+        PartLoader(Stream(10), 5, part_of(0, 1), 7, num_workers=2)
 
 
 @pytest.mark.parametrize("net", [Net, NormNet])

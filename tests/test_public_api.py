@@ -49,6 +49,7 @@ def test_signatures():
         ("shard_optimizer", False, True),
         ("wire_dtype", None, True),
         ("nonfinite_gradients", "ignore", True),
+        ("reproducible", None, True),
     ]
     step = inspect.signature(DistributedTrainer.train_step).parameters
     assert list(step) == [

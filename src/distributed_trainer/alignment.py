@@ -53,13 +53,14 @@ def align_random_states(group: Any, alike: bool) -> None:
         torch.manual_seed(seed)
 
 
-@contextlib.contextmanager
-def rank_random_stream(rank: int, device: torch.device) -> Iterator[None]:
-    """Within it torch draws (dropout) from a stream of this rank, seeded from the common one. Local.
+def draw_seed() -> int:
+    """Draws a seed from torch's stream, by which loaders shuffle: where that is common to all ranks, it stays so."""
+    return int(torch.empty((), dtype=torch.int64).random_())
 
-    The common stream, by which loaders shuffle, goes on by one number on every rank, so it stays common.
-    """
-    seed = int(torch.empty((), dtype=torch.int64).random_()) ^ rank
+
+@contextlib.contextmanager
+def random_stream(seed: int, device: torch.device) -> Iterator[None]:
+    """Within it torch draws (dropout) from a stream that begins with the seed. Local."""
     modules: list[Any] = [torch.random]
     if device.type != "cpu":
         modules.append(torch.get_device_module(device))

@@ -29,6 +29,7 @@ def create_distributed_trainer(
     shard_optimizer: bool = False,
     wire_dtype: str | None = None,
     nonfinite_gradients: str = "ignore",
+    reproducible: int | None = None,
 ) -> DistributedTrainer:
     """Makes a trainer for `model`. Collective: every rank calls it, with the same model; blocks.
 
@@ -63,16 +64,21 @@ def create_distributed_trainer(
             every rank; rank 0 warns the first time, and `num_skipped_steps` counts. "raise" raises FloatingPointError
             on every rank, with parameters and optimizer as they were. What forward has changed stays changed
             (BatchNorm's running statistics, other buffers), as when torch's GradScaler skips a step.
+        reproducible: A number of shards, such as 8: weights, losses and the optimizer's state are then the same bits on
+            any number of ranks up to it (docs/reproducible.md). Each batch is cut into that many shards, each with its
+            own random stream and BatchNorm statistics, and they are summed in one order. Sets the number of threads
+            to OMP_NUM_THREADS, else to 1. Costs time; for `train_step` only.
 
     Raises:
         TypeError, ValueError: An argument is not what is described here.
         MPINotFoundError: There is no MPI library, or none for which this package was built.
         LaunchError: The processes were not started as one MPI job, or more of them than there are GPUs, or this is a
             DataLoader worker.
-        MismatchError: Ranks have different models. The same on every rank.
+        MismatchError: Ranks have different models, or with `reproducible` computers that compute other bits. The same
+            on every rank.
     """
     options = TrainerOptions(
-        split_batches, sync_batchnorm, compression, shard_optimizer, wire_dtype, nonfinite_gradients
+        split_batches, sync_batchnorm, compression, shard_optimizer, wire_dtype, nonfinite_gradients, reproducible
     )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")

@@ -2,7 +2,7 @@
 """Loads global batches of which each rank reads its part only.
 
 Which samples make up batch b of epoch e follows from the loader's seed alone, so it is the same for any number of ranks
-and of workers; a rank reads samples `part_bounds(batch size, rank, world_size)` of it. The random streams are set anew
+and of workers; a rank reads a part of it. The random streams are set anew
 before each sample is read, from the seed, the epoch and the sample's number: what augmentation draws does not depend
 on who reads it either. Nothing here communicates.
 """
@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from .data import part_bounds, slice_batch
+from .data import slice_batch
+
+PartOf = Callable[[int], tuple[int, int]]  # of a number of samples: the first of this rank's, and the one after them
 
 
 class PartLoader:
@@ -37,7 +39,7 @@ class PartLoader:
         self,
         dataset: Dataset[Any],
         batch_size: int,
-        ranks: tuple[int, int],
+        part_of: PartOf,
         seed: int,
         *,
         shuffle: bool = False,
@@ -64,11 +66,11 @@ class PartLoader:
                 raise ValueError("of an iterable dataset one worker can read, anew for each epoch: num_workers=1")
             self._length = len(dataset) if hasattr(dataset, "__len__") else None
             collate = options.pop("collate_fn", None) or default_collate
-            self._plan = _IterableBatches(dataset, batch_size, drop_last, ranks, collate)
+            self._plan = _IterableBatches(dataset, batch_size, drop_last, part_of, collate)
             self._loader = DataLoader(self._plan, batch_size=None, collate_fn=_as_it_is, **options)
         else:
             self._length = len(dataset)  # type: ignore[arg-type]
-            self._plan = _IndexedBatches(self._length, batch_size, len(self), ranks, seed, shuffle)
+            self._plan = _IndexedBatches(self._length, batch_size, len(self), part_of, seed, shuffle)
             self._loader = DataLoader(_Seeded(dataset, seed), batch_sampler=self._plan, **options)
 
     def __len__(self) -> int:
@@ -109,11 +111,11 @@ class _IndexedBatches:
     """A batch sampler: for each global batch the numbers of this rank's samples, each with its epoch."""
 
     def __init__(
-        self, num_samples: int, batch_size: int, num_batches: int, ranks: tuple[int, int], seed: int, shuffle: bool
+        self, num_samples: int, batch_size: int, num_batches: int, part_of: PartOf, seed: int, shuffle: bool
     ) -> None:
         self.epoch = self.first = 0
         self._num_samples, self._batch_size, self._num_batches = num_samples, batch_size, num_batches
-        self._ranks, self._seed, self._shuffle = ranks, seed, shuffle
+        self._part_of, self._seed, self._shuffle = part_of, seed, shuffle
 
     def __len__(self) -> int:
         return self._num_batches - self.first
@@ -125,14 +127,14 @@ class _IndexedBatches:
             order = torch.randperm(self._num_samples, generator=generator).tolist()
         for number in range(self.first, self._num_batches):
             batch = order[number * self._batch_size : (number + 1) * self._batch_size]
-            start, stop = part_bounds(len(batch), *self._ranks)
+            start, stop = self._part_of(len(batch))
             own = batch[start:stop] or batch[:1]  # of which the shapes are taken
             yield [(self.epoch, index) for index in own]
 
     def is_empty(self, number: int) -> bool:
         """Whether this rank has no samples of batch `number`."""
         num_samples = min(self._batch_size, self._num_samples - number * self._batch_size)
-        start, stop = part_bounds(num_samples, *self._ranks)
+        start, stop = self._part_of(num_samples)
         return start == stop
 
 
@@ -157,11 +159,11 @@ class _IterableBatches(IterableDataset[Any]):
     """Of an iterable dataset: this rank's part of each global batch, and whether it is empty."""
 
     def __init__(
-        self, dataset: Any, batch_size: int, drop_last: bool, ranks: tuple[int, int], collate: Callable[..., Any]
+        self, dataset: Any, batch_size: int, drop_last: bool, part_of: PartOf, collate: Callable[..., Any]
     ) -> None:
         self.epoch = self.first = 0
         self._dataset, self._batch_size, self._drop_last = dataset, batch_size, drop_last
-        self._ranks, self._collate = ranks, collate
+        self._part_of, self._collate = part_of, collate
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
         samples = iter(self._dataset)
@@ -170,7 +172,7 @@ class _IterableBatches(IterableDataset[Any]):
         while batch := list(itertools.islice(samples, self._batch_size)):
             if self._drop_last and len(batch) < self._batch_size:
                 return
-            start, stop = part_bounds(len(batch), *self._ranks)
+            start, stop = self._part_of(len(batch))
             yield self._collate(batch[start:stop] or batch[:1]), start == stop
 
 

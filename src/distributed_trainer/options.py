@@ -25,6 +25,7 @@ class TrainerOptions:
     shard_optimizer: bool
     wire_dtype: str | None
     nonfinite_gradients: str
+    reproducible: int | None
 
     def __post_init__(self) -> None:
         if self.wire_dtype not in (None, *_WIRE_DTYPES):
@@ -35,6 +36,17 @@ class TrainerOptions:
             for name in ("compression", "wire_dtype"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"pass {name} or shard_optimizer, not both: shards are summed exactly")
+        if self.reproducible is not None:
+            if not isinstance(self.reproducible, int) or isinstance(self.reproducible, bool) or self.reproducible < 1:
+                raise ValueError(f"reproducible must be a number of shards or None, not {self.reproducible!r}")
+            if not self.split_batches:
+                raise ValueError(
+                    "reproducible= needs batches that do not depend on the number of ranks: pass whole batches, or "
+                    "use trainer.loader, without split_batches=False"
+                )
+            for name in ("compression", "wire_dtype", "shard_optimizer"):
+                if getattr(self, name):
+                    raise ValueError(f"pass {name} or reproducible, not both: shards are summed in their own way")
         if self.nonfinite_gradients not in _NONFINITE_POLICIES:
             policies = ", ".join(_NONFINITE_POLICIES)
             raise ValueError(f"nonfinite_gradients must be one of {policies}, not {self.nonfinite_gradients!r}")

@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .alignment import SharedBuffers, align_models, align_random_states, rank_random_stream
+from .alignment import SharedBuffers, align_models, align_random_states, draw_seed, random_stream
+from .backend import gather_objects
 from .batchnorm import GlobalBatchNorm
+from .data import map_tensors
 from .direct import DirectLinear
 from .gradients import GradientSum
 from .options import TrainerOptions
+from .reproducible import ShardBuffers, ShardStreams, ShardSum, check_computers, own_shards
 from .sharding import ShardedOptimizer, check_optimizer
 
 logger = logging.getLogger("distributed_trainer")
@@ -49,57 +53,76 @@ class Replica:
         self._is_one_of_many = self._group.size() > 1
         align_models(model, self._group)
         align_random_states(self._group, alike=options.split_batches)
+        self._set_up(gradient_group)
+
+    def _set_up(self, gradient_group: Any) -> None:
         self._sharded = None
         make_bucket = None
-        if options.shard_optimizer and self._is_one_of_many:
-            self._sharded = ShardedOptimizer(model, gradient_group, self._group)
+        if self._options.shard_optimizer and self._is_one_of_many:
+            self._sharded = ShardedOptimizer(self._model, gradient_group, self._group)
             make_bucket = self._sharded.make_bucket
         self.gradients = GradientSum(
-            model.named_parameters(), gradient_group, options.compression, make_bucket, options.nonfinite_gradients
+            self._model.named_parameters(),
+            gradient_group,
+            self._options.compression,
+            make_bucket,
+            self._options.nonfinite_gradients,
         )
-        self._direct = DirectLinear(model, self.gradients) if self._is_one_of_many else None
-        sync_batchnorm = options.sync_batchnorm
-        self._batchnorm = GlobalBatchNorm(model, self._group) if sync_batchnorm and self._is_one_of_many else None
-        self._buffers = SharedBuffers(model, self._group, skip_batchnorm=sync_batchnorm)
+        self._direct = DirectLinear(self._model, self.gradients) if self._is_one_of_many else None
+        sync_batchnorm = self._options.sync_batchnorm
+        self._batchnorm = GlobalBatchNorm(self._model, self._group) if sync_batchnorm and self._is_one_of_many else None
+        self._buffers = SharedBuffers(self._model, self._group, skip_batchnorm=sync_batchnorm)
 
     @property
     def has_global_batchnorm(self) -> bool:
         """Whether the model has BatchNorm modules that take the statistics of all ranks."""
         return bool(self._batchnorm)
 
-    def random_stream(self) -> contextlib.AbstractContextManager[None]:
-        """Around forward and backward: dropout draws from a stream of this rank's. Local."""
-        # With split_batches=False each rank has streams of its own throughout, and alone it is the process to compare
-        # with.
-        if not self._is_one_of_many or not self._options.split_batches:
-            return contextlib.nullcontext()
-        return rank_random_stream(self._group.rank(), self._device)
+    def start(self, keep: bool = False) -> None:
+        """Begins a step. Local; `keep` as of `GradientSum.start`."""
+        self.gradients.start(keep)
 
-    def global_batchnorm(self, is_ghost: bool) -> contextlib.AbstractContextManager[None]:
-        """Around forward and backward, see `GlobalBatchNorm.active`."""
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """Around all forwards and backwards of a step: dropout draws from a stream of this rank's. Local."""
+        with contextlib.ExitStack() as stack:
+            # With split_batches=False each rank has streams of its own throughout, and alone it is the process to
+            # compare with.
+            if self._is_one_of_many and self._options.split_batches:
+                stack.enter_context(random_stream(draw_seed() ^ self._group.rank(), self._device))
+            if self._direct:
+                stack.enter_context(self._direct.active())
+            yield
+
+    def around_piece(self, is_ghost: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Around a forward and its backward: BatchNorm takes the statistics of all ranks. Local."""
         return self._batchnorm.active(is_ghost) if self._batchnorm else contextlib.nullcontext()
 
-    def direct_gradients(self) -> contextlib.AbstractContextManager[None]:
-        """Around forward and backward, see `DirectLinear.active`."""
-        return self._direct.active() if self._direct else contextlib.nullcontext()
+    def around_backward(self, is_ghost: bool) -> contextlib.AbstractContextManager[None]:
+        """Around a backward whose forward is over. Local."""
+        stack = contextlib.ExitStack()
+        if self._direct:
+            stack.enter_context(self._direct.active())
+        stack.enter_context(self.around_piece(is_ghost))
+        return stack
 
-    def finish(self, numbers: list[float], source: int) -> list[float]:
+    def finish(self, values: list[list[float]], loss: Any, source: int) -> tuple[list[float], Any]:
         """Ends the step's backwards: gradients and buffers are those of all ranks. Collective, blocks.
 
         Args:
-            numbers: To be summed over the ranks as well.
+            values: For each of this rank's pieces, the terms of its loss.
+            loss: As the criterion returns it.
             source: Rank whose buffers become everybody's if any have changed.
 
         Returns:
-            The sums, in float64.
+            The sum of each term over all pieces and ranks, in float64, and the structure of the loss.
         """
-        *sums, has_changed_buffers = self.gradients.finish([*numbers, self._buffers.have_changed()])
+        own = [sum(terms) for terms in zip(*values, strict=True)]
+        *sums, has_changed_buffers = self.gradients.finish([*own, self._buffers.have_changed()])
         if has_changed_buffers:
             self._buffers.share(source)
-        if self.gradients.found_nonfinite and self._nonfinite_name is None:
-            is_named = self._options.nonfinite_gradients == "raise" or self.num_skipped_steps == 0
-            self._nonfinite_name = self.gradients.first_nonfinite() if is_named else ""
-        return sums
+        self._note_nonfinite()
+        return sums, loss
 
     def update(
         self,
@@ -164,6 +187,11 @@ class Replica:
         if self._sharded is not None:
             self._sharded.close()
 
+    def _note_nonfinite(self) -> None:
+        if self.gradients.found_nonfinite and self._nonfinite_name is None:
+            is_named = self._options.nonfinite_gradients == "raise" or self.num_skipped_steps == 0
+            self._nonfinite_name = self.gradients.first_nonfinite() if is_named else ""
+
     def _report_nonfinite(self) -> None:
         """Counts a skipped step, or raises."""
         name, self._nonfinite_name = self._nonfinite_name, None
@@ -173,3 +201,50 @@ class Replica:
         self.num_skipped_steps += 1
         if self.num_skipped_steps == 1 and self._group.rank() == 0:
             logger.warning("%s Further steps like it are skipped and counted in num_skipped_steps.", text)
+
+
+class ReproducibleReplica(Replica):
+    """A replica whose steps have the same bits on any number of ranks. A piece is a shard."""
+
+    def _set_up(self, gradient_group: Any) -> None:
+        num_shards = self._options.reproducible
+        if self._group.size() > num_shards:
+            raise ValueError(
+                f"reproducible={num_shards} makes {num_shards} shards of each batch, too few for "
+                f"{self._group.size()} ranks: start fewer, or make more shards"
+            )
+        check_computers(self._group, os.environ)
+        check_finite = self._options.nonfinite_gradients != "ignore"
+        self.gradients = ShardSum(self._model.named_parameters(), gradient_group, num_shards, check_finite)
+        shards = own_shards(num_shards, self._group.rank(), self._group.size())
+        self._shard_buffers = ShardBuffers(self._model)
+        self._streams = ShardStreams(shards, self._device)
+        self._sharded = self._direct = self._batchnorm = None
+
+    def start(self, keep: bool = False) -> None:
+        """Begins a step. Collective where other parameters are trained than before."""
+        self.gradients.start()
+        self._shard_buffers.start()
+        self._streams.start()
+
+    @contextlib.contextmanager
+    def around_step(self) -> Iterator[None]:
+        """Around all forwards and backwards of a step: each has a stream of its own."""
+        yield
+
+    @contextlib.contextmanager
+    def around_piece(self, is_ghost: bool = False) -> Iterator[None]:
+        """Around forward and backward of the next shard. Local."""
+        with self._streams.shard(), self._shard_buffers.shard():
+            yield
+
+    def finish(self, values: list[list[float]], loss: Any, source: int) -> tuple[list[float], Any]:
+        """As `Replica.finish`; the terms of the loss are added in the order of the shards. Collective, blocks."""
+        self.gradients.finish()
+        self._shard_buffers.finish(self._group)
+        self._note_nonfinite()
+        structure = map_tensors(lambda term: term.detach().reshape(()).cpu(), loss)
+        gathered = gather_objects(self._group, (values, structure))
+        rows = [terms for of_rank, _ in gathered for terms in of_rank]
+        structure = map_tensors(lambda term: term.to(self._device), gathered[0][1])  # the first shard is never empty
+        return [sum(terms) for terms in zip(*rows, strict=True)], structure

@@ -10,11 +10,13 @@ the ranks do together, and which counts for nothing. Nothing here communicates.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from .criterion import Weighted, local_weight, split_criterion
-from .data import batch_size, part_bounds, slice_batch, zero_sample
+from .data import batch_size, map_tensors, part_bounds, slice_batch, zero_sample
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,25 @@ def share_of_part(
         pieces.append(_piece(inputs, targets, criterion, start, stop, stand_in=0))
     source = next(rank for rank, (samples, _) in enumerate(headers) if samples)
     return Share(pieces, sum(weight for _, weight in headers), source)
+
+
+def share_of_shards(
+    inputs: Any, targets: Any, criterion: Callable[..., Any], shards: Sequence[tuple[int, int]], total: float
+) -> Share:
+    """The share of a rank that computes whole shards of a batch (`reproducible.py`).
+
+    Args:
+        inputs: Of the whole batch, or of this rank's part.
+        targets: Likewise.
+        criterion: Likewise.
+        shards: Where in it each of this rank's shards begins and ends.
+        total: The weight of the global batch.
+    """
+    pieces = [_piece(inputs, targets, criterion, start, stop, stand_in=start) for start, stop in shards if start < stop]
+    # In memory of their own, since products may be rounded by where their factors begin.
+    copies = [map_tensors(torch.clone, (piece.inputs, piece.targets)) for piece in pieces]
+    pieces = [replace(piece, inputs=x, targets=y) for piece, (x, y) in zip(pieces, copies, strict=True)]
+    return Share(pieces, total, 0)
 
 
 def _piece(inputs: Any, targets: Any, criterion: Callable[..., Any], start: int, stop: int, stand_in: int) -> Piece:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import operator
 import random
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -34,8 +36,9 @@ from .errors import MismatchError
 from .evaluate import Evaluation, evaluate
 from .loader import PartLoader
 from .options import TrainerOptions
-from .replica import Replica
-from .share import Piece, Share, share_of_batch, share_of_part
+from .replica import Replica, ReproducibleReplica
+from .reproducible import own_shards, shard_part
+from .share import Piece, Share, share_of_batch, share_of_part, share_of_shards
 
 # What ranks with parts tell each other before a step: number of samples, weight.
 _PART_HEADER = struct.Struct("<dd")
@@ -76,7 +79,8 @@ class DistributedTrainer:
         self._holds_back = self._is_accumulating = False
         self._has_run_forward = False
         self._advice = Advice()
-        self._replica = Replica(model, groups, device, options)
+        kind = Replica if options.reproducible is None else ReproducibleReplica
+        self._replica = kind(model, groups, device, options)
 
     @property
     def num_skipped_steps(self) -> int:
@@ -146,18 +150,18 @@ class DistributedTrainer:
             criterion = Weighted(criterion, weight)
         self._check_step(criterion, optimizer, microbatches, weight, clip_norm)
         share = self._share(inputs, targets, criterion, microbatches)
-        self._replica.gradients.start()
-        sums: list[Any] = []
-        with self._replica.random_stream(), self._replica.direct_gradients():
+        self._replica.start()
+        loss, values = None, []
+        with self._replica.around_step():
             for number, piece in enumerate(share.pieces):
-                with self._replica.global_batchnorm(piece.is_ghost):
+                with self._replica.around_piece(piece.is_ghost):
                     loss, terms = self._forward(piece, share.total)
                     is_last = number == len(share.pieces) - 1
                     with self._replica.gradients.backward(leave_out=piece.is_ghost, is_last=is_last):
                         functools.reduce(operator.add, terms).backward()
-                own = [0.0 if piece.is_ghost else term.detach() for term in terms]
-                sums = [before + value for before, value in zip(sums, own, strict=True)] if sums else own
-        totals = self._replica.finish([float(value) for value in sums], share.source)
+                values.append([0.0 if piece.is_ghost else term.detach() for term in terms])
+        values = [[float(value) for value in terms] for terms in values]
+        totals, loss = self._replica.finish(values, loss, share.source)
         self._replica.update(optimizer, clip_norm)
         self._advice.note_optimizer(optimizer, self._replica.parameter_ids(optimizer))
         remaining = iter(totals)
@@ -171,9 +175,9 @@ class DistributedTrainer:
         dropout draws from a stream of this rank's.
         """
         self._check_open()
+        self._check_own_loop()
         self._has_run_forward = True
-        replica = self._replica
-        with replica.random_stream(), replica.direct_gradients(), replica.global_batchnorm(is_ghost=False):
+        with self._replica.around_step(), self._replica.around_piece():
             yield
 
     def backward(self, loss: Tensor, weight: float | None) -> Tensor:
@@ -205,6 +209,7 @@ class DistributedTrainer:
             MismatchError, DistributedTrainerError: As `train_step`.
         """
         self._check_open()
+        self._check_own_loop()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
             raise TypeError(f"loss must be a tensor with one element, not {what}")
@@ -226,17 +231,16 @@ class DistributedTrainer:
         shares = [(1.0 if is_sum else other) / total for other, _ in headers]
         replica = self._replica
         if not self._is_accumulating:
-            replica.gradients.start(keep=True)
+            replica.start(keep=True)
         self._is_accumulating = self._holds_back
         with (
-            replica.direct_gradients(),
-            replica.global_batchnorm(is_ghost),
+            replica.around_backward(is_ghost),
             replica.gradients.backward(leave_out=is_ghost, is_last=not self._holds_back),
         ):
             (loss if is_ghost or shares[self.rank] == 1 else loss * shares[self.rank]).backward()
         self._has_run_forward = False
         if not self._holds_back:
-            replica.finish([], source=next(rank for rank, share in enumerate(shares) if share))
+            replica.finish([], None, source=next(rank for rank, share in enumerate(shares) if share))
         value = sum(share * other for share, (_, other) in zip(shares, headers, strict=True) if share)
         return torch.tensor(value, dtype=loss.dtype, device=loss.device)
 
@@ -351,9 +355,11 @@ class DistributedTrainer:
                 "first step, or pass whole batches only."
             )
         seed = gather_objects(self._group, random.getrandbits(48))[0]
-        loader = PartLoader(
-            dataset, batch_size, (self.rank, self.world_size), seed, shuffle=shuffle, drop_last=drop_last, **options
-        )
+        ranks = {"rank": self.rank, "world_size": self.world_size}
+        part_of = functools.partial(part_bounds, **ranks)
+        if self._options.reproducible is not None:
+            part_of = functools.partial(shard_part, num_shards=self._options.reproducible, **ranks)
+        loader = PartLoader(dataset, batch_size, part_of, seed, shuffle=shuffle, drop_last=drop_last, **options)
         self._takes_whole_batches = False
         return loader
 
@@ -429,9 +435,11 @@ class DistributedTrainer:
         """Cuts the batch, or weighs this rank's own part. Collective unless there is one rank."""
         roots = {"inputs": inputs, "targets": targets}
         num_samples = batch_size(roots)
-        if self._takes_whole_batches:
-            if num_samples == 0:
-                raise ValueError("the batch has no samples; skip it on every rank")
+        if self._takes_whole_batches and num_samples == 0:
+            raise ValueError("the batch has no samples; skip it on every rank")
+        if self._options.reproducible is not None:
+            share = self._reproducible_share(inputs, targets, criterion, num_samples)
+        elif self._takes_whole_batches:
             ranks = (self.rank, self.world_size)
             share = share_of_batch(inputs, targets, criterion, num_samples, ranks, microbatches)
             self._check_same_batch(roots)
@@ -450,6 +458,29 @@ class DistributedTrainer:
             raise ValueError("weight= is 0 for all of the batch, so its mean is over nothing; skip it on every rank")
         return share
 
+    def _reproducible_share(self, inputs: Any, targets: Any, criterion: Callable[..., Any], num_samples: int) -> Share:
+        """The shards of a batch that this rank computes. Collective unless there is one rank."""
+        num_shards = self._options.reproducible
+        shards = own_shards(num_shards, self.rank, self.world_size)
+        if self._takes_whole_batches:
+            bounds = [part_bounds(num_samples, shard, num_shards) for shard in shards]
+            share = share_of_shards(inputs, targets, criterion, bounds, local_weight(criterion, targets, num_samples))
+            self._check_same_batch({"inputs": inputs, "targets": targets})
+            return share
+        counts = gather_objects(self._group, num_samples)
+        for rank, count in enumerate(counts):
+            start, stop = shard_part(sum(counts), num_shards, rank, self.world_size)
+            if count != stop - start:
+                raise ValueError(
+                    f"rank {rank} has {count} of the {sum(counts)} samples, but its shards hold {stop - start}: with "
+                    f"reproducible= pass what trainer.loader gives"
+                )
+        first, _ = shard_part(sum(counts), num_shards, self.rank, self.world_size)
+        bounds = [part_bounds(sum(counts), shard, num_shards) for shard in shards]
+        share = share_of_shards(inputs, targets, criterion, [(a - first, b - first) for a, b in bounds], 0.0)
+        weights = gather_objects(self._group, [piece.weight for piece in share.pieces])
+        return replace(share, total=sum(itertools.chain.from_iterable(weights)))
+
     def _forward(self, piece: Piece, total: float) -> tuple[Any, list[Tensor]]:
         """The loss of a piece as the criterion returns it, scaled to what it adds to the global one, and its terms."""
         outputs = call_model(self.model, to_device(piece.inputs, self.device))
@@ -464,11 +495,17 @@ class DistributedTrainer:
         if self._is_closed:
             raise ValueError("this trainer was closed; make another with create_distributed_trainer")
 
+    def _check_own_loop(self) -> None:
+        if self._options.reproducible is not None:
+            raise ValueError("reproducible= works with train_step, which cuts each batch into shards, not in own loops")
+
     def _check_step(
         self, criterion: Any, optimizer: Any, microbatches: Any, weight: Any, clip_norm: float | None
     ) -> None:
         if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
             raise ValueError(f"microbatches must be an int of at least 1, not {microbatches!r}")
+        if microbatches > 1 and self._options.reproducible is not None:
+            raise ValueError("reproducible= computes each shard by itself: leave microbatches out, or make more shards")
         if weight is not None and not callable(weight) and (self._options.split_batches or microbatches > 1):
             raise ValueError(
                 f"weight={weight!r} is of this rank's part, but here parts are cut from it: pass a function of the "
