@@ -218,7 +218,7 @@ def test_wrong_arguments(world):
     with pytest.raises(ValueError, match="not in own loops"):
         trainer.backward(model(batch(16, 0)[0]).sum(), weight=1.0)
     trainer.loader(Noisy(), 12)
-    with pytest.raises(ValueError, match="pass what trainer.loader gives"):
+    with pytest.raises(ValueError, match=r"pass what trainer\.loader gives"):
         trainer.train_step(*batch(3 if world.rank else 6, 0), nn.CrossEntropyLoss(), adam(model))
     trainer.close()
 
