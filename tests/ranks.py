@@ -58,6 +58,7 @@ def on_ranks(*jobs: int | tuple[int, int]) -> Callable[[Any], Any]:
 
 one_node = on_ranks(1, 2, 3, 4)
 everywhere = on_ranks(1, 2, 3, 4, (2, 1), (3, 2), (4, 2))  # (3, 2): machines with unequal numbers of ranks
+mixed = on_ranks(1, 2, 3, (3, 2), (4, 2))  # enough for what is above the engine: every number, one machine and two
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,11 @@ class Launch:
     def _load(self, file: Path) -> list[pytest.TestReport]:
         hook = self._config.hook
         data = json.loads(file.read_text())
-        return [hook.pytest_report_from_serializable(config=self._config, data=report) for report in data]
+        reports = [hook.pytest_report_from_serializable(config=self._config, data=report) for report in data]
+        for report in reports:
+            if isinstance(report.longrepr, list):  # of a skipped test, which was a tuple before JSON
+                report.longrepr = tuple(report.longrepr)
+        return reports
 
     def _end_of_job(self, item: pytest.Item) -> list[pytest.TestReport]:
         """The end of the ranks counts as part of the last test."""

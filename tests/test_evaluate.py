@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import everywhere, on_ranks
+from ranks import mixed, on_ranks
 from test_exactness import F64, Net, NormNet, batch
 from test_microbatches import PAD, masked, num_tokens
 from torch import nn
@@ -35,7 +35,7 @@ CRITERIA = {
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@everywhere
+@mixed
 def test_loss(world, sizes, criterion):
     x, y = batch(sizes[0], F64)
     y[0] = 0  # so that not all are ignored
@@ -56,7 +56,7 @@ def test_loss(world, sizes, criterion):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_modes(world):
     """BatchNorm's running statistics are used and left alone; every module's mode comes back."""
     model = NormNet(F64)
@@ -71,7 +71,7 @@ def test_modes(world):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_parts(world):
     """Loaders of each rank's own, of different lengths; rank 0's is empty where there are others."""
     trainer = create_distributed_trainer(model := Net(F64), split_batches=False)
@@ -85,7 +85,7 @@ def test_parts(world):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_weight(world):
     x, y = batch(13, F64)
     y[torch.tensor([0, 4, 5, 6, 7, 12])] = PAD

@@ -17,7 +17,7 @@ __main__
 __init__
 create
 trainer
-share advice evaluate loader replica
+share advice evaluate loader replica reporting timing
 criterion reproducible
 data batchnorm direct alignment sharding
 gradients

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import everywhere, on_ranks
+from ranks import mixed, on_ranks
 from test_exactness import F64, Net, NormNet, batch, relative_difference
 from torch import nn
 
@@ -58,7 +58,7 @@ def small_buckets(monkeypatch):
 
 @pytest.mark.parametrize("net", [Net, NormNet])
 @pytest.mark.parametrize("num_pieces", [2, 3, 5])
-@everywhere
+@mixed
 def test_pieces(world, small_buckets, num_pieces, net):
     """Pieces of all sizes, some empty on some ranks; BatchNorm sees each piece on all ranks."""
     model, reference = net(F64), net(F64)
@@ -73,7 +73,7 @@ def test_pieces(world, small_buckets, num_pieces, net):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_more_pieces_than_samples(world):
     model, reference = Net(F64), Net(F64)
     trainer = create_distributed_trainer(model)
@@ -84,7 +84,7 @@ def test_more_pieces_than_samples(world):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_weights_of_torch(world):
     """Pieces differ in what their targets weigh; one has none."""
     criterion = nn.CrossEntropyLoss(torch.tensor([0.1, 2.0, 0.7, 5.0], dtype=F64), ignore_index=3)
@@ -98,7 +98,7 @@ def test_weights_of_torch(world):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_parts(world, small_buckets):
     """Ranks bring parts of different sizes; rank 1 has none in every other step."""
     model, reference = Net(F64), Net(F64)
@@ -161,7 +161,7 @@ def all_bounds(num_samples, num_pieces, num_ranks):
                 yield first + start, first + stop
 
 
-@everywhere
+@mixed
 def test_sharded(world):
     model, reference = Net(F64), Net(F64)
     trainer = create_distributed_trainer(model, shard_optimizer=True)
@@ -175,7 +175,7 @@ def test_sharded(world):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_nonfinite_piece(world):
     """One piece of one rank spoils the step, which is left out."""
     model = Net(F64)
@@ -203,7 +203,7 @@ def num_tokens(targets):
 
 
 @pytest.mark.parametrize("num_pieces", [1, 3])
-@everywhere
+@mixed
 def test_weight(world, caplog, num_pieces):
     """Ragged padding: parts differ in their tokens, and some have none."""
     x, y = batch(13, F64)
@@ -229,7 +229,7 @@ def test_warning_names_weight(world, caplog):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_weight_of_parts(world):
     """As a number, or as a function; the whole of a rank's part may be padding."""
     x, y = batch(5, F64, world.rank)
@@ -244,7 +244,7 @@ def test_weight_of_parts(world):
         trainer.close()
 
 
-@everywhere
+@mixed
 def test_wrong_arguments(world):
     model = Net(F64)
     trainer = create_distributed_trainer(model)
@@ -271,7 +271,7 @@ def test_wrong_arguments(world):
 
 
 @pytest.mark.parametrize("kind", [tuple, list, dict])
-@everywhere
+@mixed
 def test_terms(world, kind):
     """Each term of the loss is that of the global batch, in the criterion's own structure."""
 
@@ -297,7 +297,7 @@ def test_terms(world, kind):
 
 
 @pytest.mark.parametrize("clip_norm", [0.1, 1e6])
-@everywhere
+@mixed
 def test_clip_norm(world, clip_norm):
     model, reference = Net(F64), Net(F64)
     trainer = create_distributed_trainer(model)

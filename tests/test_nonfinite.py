@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import everywhere, on_ranks, one_node
+from ranks import mixed, on_ranks, one_node
 from test_compression import COMPRESSED, Net, Simulation, assert_close
 from test_compression import batch as images
 from torch import nn
@@ -18,7 +18,7 @@ from distributed_trainer import MismatchError, create_distributed_trainer, gradi
 from distributed_trainer.buckets import is_finite
 from distributed_trainer.compression import PowerSGD
 
-several = on_ranks(2, 3, 4, (2, 1), (3, 2), (4, 2))
+several = on_ranks(2, 3, (3, 2), (4, 2))
 F64 = torch.float64
 MODES = {"plain": {}, "sharded": {"shard_optimizer": True}, "compressed": {"compression": PowerSGD(rank=1)}}
 MEAN = nn.MSELoss()
@@ -106,7 +106,7 @@ def gloo(world, tmp_path):
 # ---- what a group says of its sums
 
 
-@everywhere
+@mixed
 @pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16], ids=str)
 def test_sum_and_check(world, dtype):
     """The sums of allreduce, and on every rank what any rank's value makes of them."""
@@ -126,7 +126,7 @@ def test_sum_and_check(world, dtype):
                 assert torch.equal(buffer.view(torch.uint8), expected.view(torch.uint8))
 
 
-@everywhere
+@mixed
 def test_not_asked(world):
     group = world.group()
     work = group.allreduce([torch.ones(3)])
@@ -166,7 +166,7 @@ def test_is_finite(dtype, value):
 
 @pytest.mark.parametrize("bucket_bytes", [1, 4 << 20])
 @pytest.mark.parametrize("mode", ["plain", "sharded"])
-@everywhere
+@mixed
 def test_skip(world, monkeypatch, mode, bucket_bytes):
     """One sample's NaN or infinity: all ranks end with the parameters, state and buffers of one process that skips."""
     monkeypatch.setattr(gradients, "BUCKET_BYTES", bucket_bytes)
@@ -320,7 +320,7 @@ class SometimesUsed(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["plain", "sharded"])
-@everywhere
+@mixed
 def test_unused(world, mode):
     """A parameter that one rank uses counts, one that no rank uses does not."""
     model, reference = SometimesUsed(), SometimesUsed()
@@ -344,7 +344,7 @@ def test_unused(world, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@everywhere
+@mixed
 def test_raise(world, mode):
     """Whichever parameter it is: one sentence, parameters and state as they were; and training goes on."""
     model = WithNorm()
@@ -376,7 +376,7 @@ def test_raise(world, mode):
 
 
 @pytest.mark.parametrize("mode", ["plain", "sharded"])
-@everywhere
+@mixed
 def test_ignore(world, mode):
     """What plain torch does: the NaN goes to the parameters. Nothing is checked."""
     model = WithNorm()

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import everywhere, on_ranks
+from ranks import mixed, on_ranks
 from test_exactness import F64, Net, NormNet, batch
 from test_microbatches import assert_same, sgd
 from torch import nn
@@ -27,7 +27,7 @@ def own_loss(trainer, model, x, y, criterion=F.cross_entropy):
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
 @pytest.mark.parametrize("net", [Net, NormNet])
-@everywhere
+@mixed
 def test_loop(world, net, sharded):
     model, reference = net(F64), net(F64)
     trainer = create_distributed_trainer(model, shard_optimizer=sharded)
@@ -50,7 +50,7 @@ def test_loop(world, net, sharded):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_batchnorm_needs_forward(world):
     """Elsewhere its statistics would be those of a part, unsaid."""
     model = NormNet(F64)
@@ -65,7 +65,7 @@ def test_batchnorm_needs_forward(world):
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-@everywhere
+@mixed
 def test_two_losses(world, set_to_none):
     """Gradients of several backwards add up in `.grad`, as in plain torch, however it is cleared."""
     model, reference = Net(F64), Net(F64)
@@ -86,7 +86,7 @@ def test_two_losses(world, set_to_none):
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
-@everywhere
+@mixed
 def test_no_sync(world, sharded):
     """Backwards whose gradients are sent once, on top of what `.grad` held."""
     model, reference = Net(F64), Net(F64)
@@ -132,7 +132,7 @@ def gan(trained, generator, discriminator, optimizers, real, noise):
 
 
 @pytest.mark.parametrize("num_trainers", [1, 2])
-@everywhere
+@mixed
 def test_gan(world, num_trainers):
     """Two models and two optimizers, with a trainer for each or one for both."""
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ def test_gan(world, num_trainers):
         trainer.close()
 
 
-@everywhere
+@mixed
 def test_gradient_penalty(world):
     """Double backward: the loss holds a gradient."""
     torch.manual_seed(0)
@@ -198,7 +198,7 @@ def test_gradient_penalty(world):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_lbfgs(world):
     model, reference = Net(F64), Net(F64)
     trainer = create_distributed_trainer(model)
@@ -226,7 +226,7 @@ def test_lbfgs(world):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_grad_scaler(world):
     """All ranks skip the step in which one part of the batch overflows float16's scale, and go on alike."""
     model, reference = Net(torch.float32), Net(torch.float32)
@@ -267,7 +267,7 @@ def test_step_without_closure(world):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_sum(world):
     """weight=None adds the ranks' losses."""
     model, reference = Net(F64), Net(F64)
@@ -283,7 +283,7 @@ def test_sum(world):
     trainer.close()
 
 
-@everywhere
+@mixed
 def test_sparse_gradients(world):
     """Of an embedding; they become dense where ranks are to add them."""
     torch.manual_seed(0)

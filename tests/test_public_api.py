@@ -17,8 +17,8 @@ NAMES = [
     "create_distributed_trainer",
 ]
 MEMBERS = [
-    *("backward", "batches", "close", "evaluate", "forward", "gradient_norm", "loader", "no_sync", "num_skipped_steps"),
-    *("split", "step", "train_step"),
+    *("backward", "batches", "close", "evaluate", "forward", "gradient_norm", "loader", "log", "log_to", "no_sync"),
+    *("num_skipped_steps", "progress", "split", "step", "summary", "train_step"),
 ]
 ATTRIBUTES = ["device", "local_rank", "model", "rank", "world_size"]
 

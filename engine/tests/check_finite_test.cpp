@@ -38,7 +38,7 @@ const Test everywhere("check_finite: one rank's value at any place is known to a
       const auto memory = layout.engine.allocate(group, 4 * count);
       const auto registered = own_block(layout, memory).first(4 * count);
       Bytes ordinary(4 * count);
-      const std::size_t num_parts = count < 1000 ? count : 2 * static_cast<std::size_t>(group.size());
+      const std::size_t num_parts = count < 1000 ? count : (count > 1000 ? 1U : 2U) * static_cast<std::size_t>(group.size());
       for (std::size_t part = 0; part <= num_parts; ++part) {
         const std::size_t position = std::min(count - 1, count * part / num_parts);
         const int culprit = static_cast<int>(part) % group.size();

@@ -109,4 +109,4 @@ def create_distributed_trainer(
     if shard_optimizer:
         check_model(model, groups[0], job.device)
     model.to(job.device)
-    return DistributedTrainer(model, groups, job.device, job.local_rank, options)
+    return DistributedTrainer(model, groups, job.device, job.local_rank, options, counters=job.engine.counters)

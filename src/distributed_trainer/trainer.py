@@ -37,8 +37,10 @@ from .evaluate import Evaluation, evaluate
 from .loader import PartLoader
 from .options import TrainerOptions
 from .replica import Replica, ReproducibleReplica
+from .reporting import Reporter, check_writer
 from .reproducible import own_shards, shard_part
 from .share import Piece, Share, share_of_batch, share_of_part, share_of_shards
+from .timing import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, OPTIMIZER, StepClock, Summary, summarise
 
 # What ranks with parts tell each other before a step: number of samples, weight.
 _PART_HEADER = struct.Struct("<dd")
@@ -63,6 +65,7 @@ class DistributedTrainer:
         local_rank: int,
         options: TrainerOptions,
         owns_groups: bool = True,
+        counters: Callable[[], dict[str, int]] = dict,
     ) -> None:
         _, self._group = groups
         self._own_groups = groups if owns_groups else ()  # which end with the trainer
@@ -72,6 +75,7 @@ class DistributedTrainer:
         self.local_rank = local_rank
         self.device = device
         self._options = options
+        self._counters = counters
         self._is_closed = False
         self._is_out_of_data = False
         self._takes_whole_batches = options.split_batches
@@ -79,6 +83,8 @@ class DistributedTrainer:
         self._holds_back = self._is_accumulating = False
         self._has_run_forward = False
         self._advice = Advice()
+        self._clock = StepClock()
+        self._reporter = Reporter(self._group)
         kind = Replica if options.reproducible is None else ReproducibleReplica
         self._replica = kind(model, groups, device, options)
 
@@ -149,20 +155,33 @@ class DistributedTrainer:
         if weight is not None:
             criterion = Weighted(criterion, weight)
         self._check_step(criterion, optimizer, microbatches, weight, clip_norm)
+        clock = self._clock
+        num_samples = batch_size({"inputs": inputs, "targets": targets})
+        own_samples = num_samples / self.world_size if self._takes_whole_batches else num_samples
+        clock.start(own_samples)
         share = self._share(inputs, targets, criterion, microbatches)
+        clock.mark(AGREEMENT)
         self._replica.start()
         loss, values = None, []
         with self._replica.around_step():
             for number, piece in enumerate(share.pieces):
                 with self._replica.around_piece(piece.is_ghost):
                     loss, terms = self._forward(piece, share.total)
+                    clock.mark(FORWARD)
                     is_last = number == len(share.pieces) - 1
                     with self._replica.gradients.backward(leave_out=piece.is_ghost, is_last=is_last):
                         functools.reduce(operator.add, terms).backward()
+                    clock.mark(BACKWARD)
                 values.append([0.0 if piece.is_ghost else term.detach() for term in terms])
         values = [[float(value) for value in terms] for terms in values]
         totals, loss = self._replica.finish(values, loss, share.source)
+        clock.mark(EXCHANGE)
         self._replica.update(optimizer, clip_norm)
+        clock.mark(OPTIMIZER)
+        figures = {"learning_rate": float(optimizer.param_groups[0]["lr"])}
+        if clip_norm is not None and self.gradient_norm is not None:
+            figures["gradient_norm"] = float(self.gradient_norm)
+        self._reporter.note(sum(totals), own_samples, *clock.end(), figures)
         self._advice.note_optimizer(optimizer, self._replica.parameter_ids(optimizer))
         remaining = iter(totals)
         return map_tensors(lambda term: torch.tensor(next(remaining), dtype=term.dtype, device=term.device), loss)
@@ -400,6 +419,47 @@ class DistributedTrainer:
         is_split = isinstance(loader, PartLoader) or not self._options.split_batches
         parts = loader if is_split else self._parts_of(loader)
         return evaluate(self.model, parts, evaluation, self._group, self.device)
+
+    def progress(self, batches: Iterable[Any], description: str = "") -> Iterator[Any]:
+        """Gives the batches, and shows on rank 0 how far they are: loss, samples per second, time left. Local.
+
+        A bar of tqdm's if that is installed and the errors go to a terminal; else a line every ten seconds and one at
+        the end.
+
+            for inputs, targets in trainer.progress(loader, f"epoch {epoch}"):
+                trainer.train_step(inputs, targets, criterion, optimizer)
+        """
+        return self._reporter.progress(batches, description)
+
+    def log_to(self, writer: Any, every: int = 1) -> None:
+        """Writes figures of every `every`th `train_step` from rank 0. Every rank calls it, the others with any writer.
+
+        They are: loss, learning_rate (of the first group), gradient_norm (with `clip_norm`), samples_per_second,
+        share_waited (of the step, for other ranks and the exchange) and slowest_rank (which took longest by itself).
+
+        Args:
+            writer: torch.utils.tensorboard.SummaryWriter, or an object with log(dict, step).
+            every: The same on every rank.
+
+        Raises:
+            TypeError, ValueError: An argument is not what is described here.
+        """
+        check_writer(writer, every)
+        self._reporter.add(writer, every)
+
+    def log(self, figures: Mapping[str, float]) -> None:
+        """Writes figures of your own beside those of the last step, on rank 0. Local."""
+        self._reporter.log(dict(figures))
+
+    def summary(self) -> Summary:
+        """Where the time of `train_step` went, and which rank the others waited for. Collective, blocks.
+
+        `print(trainer.summary())` shows it. Time between two steps counts as "data". "Agreement" is the comparison of
+        the batches, "exchange" what of the sums of gradients was waited for. BatchNorm's exchange counts as forward and
+        backward. On GPUs these are times of the host, which runs ahead of the device.
+        """
+        self._check_open()
+        return summarise(self._clock, self._counters(), self._group)
 
     def close(self) -> None:
         """Lets go of the model: its gradients are no longer summed. Local; MPI goes on until the process ends.
