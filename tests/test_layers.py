@@ -17,6 +17,7 @@ __main__
 __init__
 create
 trainer
+own_loop
 share advice evaluate loader replica reporting timing
 criterion reproducible
 data batchnorm direct alignment sharding

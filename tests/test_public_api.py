@@ -30,7 +30,7 @@ def test_names():
 
 
 def test_members():
-    methods = [name for name in vars(DistributedTrainer) if name[0] != "_"]
+    methods = [name for name in dir(DistributedTrainer) if name[0] != "_"]
     assert sorted(methods) == MEMBERS
     assert all(f"{name}:" in DistributedTrainer.__doc__ for name in ATTRIBUTES)
 
