@@ -27,6 +27,7 @@ LAUNCHES: list[tuple[str, list[str], int, dict[str, str]]] = [
     ("training_step.py", [], 2, {}),
     ("training_step.py", [], 2, {"DTRAIN_MALLOC": "default"}),
     ("training_step.py", ["mlp"], 4, {}),
+    ("loading.py", [], 2, {}),
     *(("memory.py", [contender], 2, {}) for contender in ("plain", "ours", "sharded")),
 ]
 

@@ -132,7 +132,7 @@ def test_resume(make, num_workers):
             assert part is not None
         if num_read == 0:
             state = first.state_dict()
-        resumed = PartLoader(make(17), 5, part_of(0, 2), 7, **options)
+        resumed = PartLoader(make(17), 5, part_of(0, 2), 8, **options)  # the seed comes with the state
         resumed.load_state_dict(state)
         assert read(resumed) == epochs[1][num_read:]
         assert read(resumed) == epochs[2]
@@ -142,9 +142,9 @@ def test_left_early():
     """A loop that was left is not gone on with: the next one is an epoch of its own."""
     loader = PartLoader(Squares(17), 5, part_of(0, 1), 7)
     next(iter(loader))
-    assert loader.state_dict() == {"epoch": 0, "num_read": 1}
+    assert loader.state_dict() == {"epoch": 0, "num_read": 1, "seed": 7}
     assert len(list(loader)) == 4
-    assert loader.state_dict() == {"epoch": 2, "num_read": 0}
+    assert loader.state_dict() == {"epoch": 2, "num_read": 0, "seed": 7}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

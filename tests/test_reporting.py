@@ -19,6 +19,12 @@ from torch import nn
 from distributed_trainer import create_distributed_trainer, reporting
 
 
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        while True:
+            yield 1.0
+
+
 class Log:
     def __init__(self):
         self.calls = []
@@ -112,6 +118,10 @@ def test_lines(world, monkeypatch, capsys):
     if world.rank == 0:
         assert re.fullmatch(r"epoch 1: 1 of 3 batches, loss [\d.]+, \d+ samples/s, \d+ s left", lines[0])
         assert f"3 of 3 batches, loss {loss.item():.4g}, " in lines[-1]
+    loader = torch.utils.data.DataLoader(Endless())  # has a __len__ that raises
+    for _ in zip(range(2), trainer.progress(loader), strict=False):
+        pass
+    capsys.readouterr()
     list(trainer.progress(iter(batches)))
     if world.rank == 0:
         assert re.match(r"1 batches, loss", capsys.readouterr().err)

@@ -115,6 +115,17 @@ def test_sums(world):
     trainer.close()
 
 
+@on_ranks(1, 2)
+def test_evaluation_is_no_data(world):
+    trainer = create_distributed_trainer(model := Sleeps())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        trainer.train_step(*batch(12, F64), nn.CrossEntropyLoss(), optimizer)
+        trainer.evaluate([batch(12, F64)], None, {"slow": lambda outputs, y: time.sleep(DELAY) or outputs.sum()})
+    assert trainer.summary().seconds["data"] < DELAY / 2
+    trainer.close()
+
+
 @on_ranks((2, 1), (3, 2))
 def test_bytes(world):
     """Between machines; each way they are the same in all."""

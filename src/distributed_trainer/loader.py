@@ -57,6 +57,7 @@ class PartLoader:
         self.epoch = 0
         self.num_read = 0
         self._resumes = False
+        self._seed = seed
         self._batch_size, self._drop_last = batch_size, drop_last
         self._plan: _IndexedBatches | _IterableBatches
         if isinstance(dataset, IterableDataset):
@@ -70,8 +71,8 @@ class PartLoader:
             self._loader = DataLoader(self._plan, batch_size=None, collate_fn=_as_it_is, **options)
         else:
             self._length = len(dataset)  # type: ignore[arg-type]
-            self._plan = _IndexedBatches(self._length, batch_size, len(self), part_of, seed, shuffle)
-            self._loader = DataLoader(_Seeded(dataset, seed), batch_sampler=self._plan, **options)
+            self._plan = _IndexedBatches(self._length, batch_size, len(self), part_of, shuffle)
+            self._loader = DataLoader(_Seeded(dataset), batch_sampler=self._plan, **options)
 
     def __len__(self) -> int:
         """Number of global batches in an epoch.
@@ -88,7 +89,7 @@ class PartLoader:
         if self.num_read and not self._resumes:  # the last loop was left early
             self.epoch, self.num_read = self.epoch + 1, 0
         self._resumes = False
-        self._plan.epoch, self._plan.first = self.epoch, self.num_read
+        self._plan.seed, self._plan.epoch, self._plan.first = self._seed, self.epoch, self.num_read
         for batch in self._loader:
             part, is_empty = batch if isinstance(self._plan, _IterableBatches) else (batch, None)
             if is_empty is None:
@@ -98,38 +99,36 @@ class PartLoader:
         self.epoch, self.num_read = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Where it is: the epoch, and how many of its batches were given out. Local; the same on every rank."""
-        return {"epoch": self.epoch, "num_read": self.num_read}
+        """Where it is: the epoch, how many of its batches were given out, the seed. Local; the same on every rank."""
+        return {"epoch": self.epoch, "num_read": self.num_read, "seed": self._seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Has the next iteration go on from there. Local; the dataset, batch size and seed are to be the same."""
-        self.epoch, self.num_read = state["epoch"], state["num_read"]
+        """Has the next iteration go on from there. Local; the dataset and the batch size are to be the same."""
+        self.epoch, self.num_read, self._seed = state["epoch"], state["num_read"], state["seed"]
         self._resumes = True
 
 
 class _IndexedBatches:
-    """A batch sampler: for each global batch the numbers of this rank's samples, each with its epoch."""
+    """A batch sampler: for each global batch the numbers of this rank's samples, each with the seed and the epoch."""
 
-    def __init__(
-        self, num_samples: int, batch_size: int, num_batches: int, part_of: PartOf, seed: int, shuffle: bool
-    ) -> None:
-        self.epoch = self.first = 0
+    def __init__(self, num_samples: int, batch_size: int, num_batches: int, part_of: PartOf, shuffle: bool) -> None:
+        self.seed = self.epoch = self.first = 0
         self._num_samples, self._batch_size, self._num_batches = num_samples, batch_size, num_batches
-        self._part_of, self._seed, self._shuffle = part_of, seed, shuffle
+        self._part_of, self._shuffle = part_of, shuffle
 
     def __len__(self) -> int:
         return self._num_batches - self.first
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         order: Sequence[int] = range(self._num_samples)
         if self._shuffle:
-            generator = torch.Generator().manual_seed(self._seed + self.epoch)
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(self._num_samples, generator=generator).tolist()
         for number in range(self.first, self._num_batches):
             batch = order[number * self._batch_size : (number + 1) * self._batch_size]
             start, stop = self._part_of(len(batch))
             own = batch[start:stop] or batch[:1]  # of which the shapes are taken
-            yield [(self.epoch, index) for index in own]
+            yield [(self.seed, self.epoch, index) for index in own]
 
     def is_empty(self, number: int) -> bool:
         """Whether this rank has no samples of batch `number`."""
@@ -141,17 +140,16 @@ class _IndexedBatches:
 class _Seeded(Dataset[Any]):
     """A dataset whose samples are read with random streams of their own."""
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self._dataset, self._seed = dataset, seed
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._dataset = dataset
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
-        with _random_streams(hash((self._seed, epoch, index))):
-            return self._dataset[index]
+    def __getitem__(self, key: tuple[int, int, int]) -> Any:
+        with _random_streams(hash(key)):
+            return self._dataset[key[-1]]
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Any]:
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> list[Any]:
         if type(self._dataset) is TensorDataset:  # which draws nothing
-            return [self._dataset[index] for _, index in keys]
+            return [self._dataset[index] for *_, index in keys]
         return [self[key] for key in keys]
 
 
@@ -161,7 +159,7 @@ class _IterableBatches(IterableDataset[Any]):
     def __init__(
         self, dataset: Any, batch_size: int, drop_last: bool, part_of: PartOf, collate: Callable[..., Any]
     ) -> None:
-        self.epoch = self.first = 0
+        self.seed = self.epoch = self.first = 0
         self._dataset, self._batch_size, self._drop_last = dataset, batch_size, drop_last
         self._part_of, self._collate = part_of, collate
 

@@ -35,7 +35,7 @@ class Reporter:
         """Has a writer told of every `every`th step. The same on every rank, of which only rank 0 writes."""
         self._writers.append((writer, every))
 
-    def note(self, loss: float, num_samples: float, own: float, waited: float, figures: dict[str, float]) -> None:
+    def note(self, loss: float, num_samples: float, own: float, waited: float, figures: dict[str, Any]) -> None:
         """Takes down a step. Collective if there are writers.
 
         Args:
@@ -43,7 +43,7 @@ class Reporter:
             num_samples: This rank's share of it.
             own: Seconds that this rank took by itself.
             waited: Seconds that it waited for others and for the exchange.
-            figures: Others to write.
+            figures: Others to write; those that are None are not there.
         """
         self.num_steps += 1
         self.loss = loss
@@ -57,7 +57,7 @@ class Reporter:
         total = own + waited
         figures = {
             "loss": loss,
-            **figures,
+            **{name: float(value) for name, value in figures.items() if value is not None},
             "samples_per_second": num_samples * self._group.size() / total,
             "share_waited": waited / total,
             "slowest_rank": float(max(range(len(times)), key=lambda rank: times[rank][0])),
@@ -93,7 +93,7 @@ class Reporter:
 
     def _lines(self, batches: Iterable[Any], description: str, say: Callable[[str], None]) -> Iterator[Any]:
         """A line every ten seconds, and one at the end."""
-        total = len(batches) if hasattr(batches, "__len__") else None
+        total = _length(batches)
         start, before, said, number = time.monotonic(), self._num_samples, time.monotonic(), 0
 
         def line() -> str:
@@ -114,6 +114,13 @@ class Reporter:
                 say(line())
         if number:
             say(line())
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:  # a generator, or a loader of an iterable dataset
+        return None
 
 
 def write(writer: Any, figures: dict[str, float], step: int) -> None:

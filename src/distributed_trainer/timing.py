@@ -39,6 +39,10 @@ class StepClock:
         self._row[0] = 0.0 if self._since is None else now - self._since
         self._since = now
 
+    def skip(self) -> None:
+        """Leaves out the time since the last step. Local."""
+        self._since = time.perf_counter()
+
     def mark(self, phase: int) -> None:
         """Ends a phase, by its number in PHASES, at whose end the next begins. Local."""
         now = time.perf_counter()

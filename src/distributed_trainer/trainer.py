@@ -155,7 +155,7 @@ class DistributedTrainer(OwnLoop):
         num_samples = batch_size({"inputs": inputs, "targets": targets})
         own_samples = num_samples / self.world_size if self._takes_whole_batches else num_samples
         clock.start(own_samples)
-        share = self._share(inputs, targets, criterion, microbatches)
+        share = self._share(inputs, targets, criterion, num_samples, microbatches)
         clock.mark(AGREEMENT)
         self._replica.start()
         loss, values = None, []
@@ -174,9 +174,10 @@ class DistributedTrainer(OwnLoop):
         clock.mark(EXCHANGE)
         self._replica.update(optimizer, clip_norm)
         clock.mark(OPTIMIZER)
-        figures = {"learning_rate": float(optimizer.param_groups[0]["lr"])}
-        if clip_norm is not None and self.gradient_norm is not None:
-            figures["gradient_norm"] = float(self.gradient_norm)
+        figures = {
+            "learning_rate": optimizer.param_groups[0].get("lr"),
+            "gradient_norm": None if clip_norm is None else self.gradient_norm,
+        }
         self._reporter.note(sum(totals), own_samples, *clock.end(), figures)
         self._advice.note_optimizer(optimizer, self._replica.parameter_ids(optimizer))
         remaining = iter(totals)
@@ -289,7 +290,9 @@ class DistributedTrainer(OwnLoop):
         evaluation = Evaluation(criterion, metrics or {})
         is_split = isinstance(loader, PartLoader) or not self._options.split_batches
         parts = loader if is_split else self._parts_of(loader)
-        return evaluate(self.model, parts, evaluation, self._group, self.device)
+        result = evaluate(self.model, parts, evaluation, self._group, self.device)
+        self._clock.skip()
+        return result
 
     def progress(self, batches: Iterable[Any], description: str = "") -> Iterator[Any]:
         """Gives the batches, and shows on rank 0 how far they are: loss, samples per second, time left. Local.
@@ -325,9 +328,9 @@ class DistributedTrainer(OwnLoop):
     def summary(self) -> Summary:
         """Where the time of `train_step` went, and which rank the others waited for. Collective, blocks.
 
-        `print(trainer.summary())` shows it. Time between two steps counts as "data". "Agreement" is the comparison of
-        the batches, "exchange" what of the sums of gradients was waited for. BatchNorm's exchange counts as forward and
-        backward. On GPUs these are times of the host, which runs ahead of the device.
+        `print(trainer.summary())` shows it. Time between two steps counts as "data", but for `evaluate`. "Agreement" is
+        the comparison of the batches, "exchange" what of the sums of gradients was waited for. BatchNorm's exchange
+        counts as forward and backward. On GPUs these are times of the host, which runs ahead of the device.
         """
         self._check_open()
         return summarise(self._clock, self._counters(), self._group)
@@ -362,10 +365,10 @@ class DistributedTrainer(OwnLoop):
             self._check_same_batch({"batch": batch})
             yield self.split(batch)
 
-    def _share(self, inputs: Any, targets: Any, criterion: Callable[..., Any], microbatches: int) -> Share:
+    def _share(
+        self, inputs: Any, targets: Any, criterion: Callable[..., Any], num_samples: int, microbatches: int
+    ) -> Share:
         """Cuts the batch, or weighs this rank's own part. Collective unless there is one rank."""
-        roots = {"inputs": inputs, "targets": targets}
-        num_samples = batch_size(roots)
         if self._takes_whole_batches and num_samples == 0:
             raise ValueError("the batch has no samples; skip it on every rank")
         if self._options.reproducible is not None:
@@ -373,7 +376,7 @@ class DistributedTrainer(OwnLoop):
         elif self._takes_whole_batches:
             ranks = (self.rank, self.world_size)
             share = share_of_batch(inputs, targets, criterion, num_samples, ranks, microbatches)
-            self._check_same_batch(roots)
+            self._check_same_batch({"inputs": inputs, "targets": targets})
         else:
             if self._is_out_of_data:
                 num_samples = 0
