@@ -143,14 +143,18 @@ class _Seeded(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset = dataset
 
-    def __getitem__(self, key: tuple[int, int, int]) -> Any:
-        with _random_streams(hash(key)):
-            return self._dataset[key[-1]]
-
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> list[Any]:
         if type(self._dataset) is TensorDataset:  # which draws nothing
             return [self._dataset[index] for *_, index in keys]
-        return [self[key] for key in keys]
+        with _kept_streams():
+            return [self._read(key) for key in keys]
+
+    def _read(self, key: tuple[int, int, int]) -> Any:
+        seed = hash(key)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        return self._dataset[key[-1]]
 
 
 class _IterableBatches(IterableDataset[Any]):
@@ -179,12 +183,9 @@ def _as_it_is(batch: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _random_streams(seed: int) -> Iterator[None]:
-    """Within it `random`, NumPy and torch draw from streams that begin with the seed."""
+def _kept_streams() -> Iterator[None]:
+    """After it `random`, NumPy and torch go on drawing where they were before."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
