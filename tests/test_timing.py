@@ -75,10 +75,10 @@ def test_slow_rank(world, phase):
     culprit = world.size - 1
     summary = train(world, phase, culprit)
     assert (summary.slowest_rank, summary.slowest_phase) == (culprit, phase)
-    assert summary.slowest_share > 0.8
-    assert 0.9 * DELAY < summary.slowest_excess_seconds < 3 * DELAY
+    assert summary.slowest_share > 0.5
+    assert summary.slowest_excess_seconds > 0.9 * DELAY
     assert summary.waiting_seconds > 0.7 * DELAY * (world.size - 1) / world.size
-    assert summary.exchange_seconds < DELAY / 2
+    assert summary.exchange_seconds < summary.waiting_seconds
     text = str(summary)
     assert f"rank {culprit} in " in text
     assert f"its {phase} took" in text
