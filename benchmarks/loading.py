@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What it costs that every rank reads whole batches, beside trainer.loader: mpirun -np 2 python benchmarks/loading.py
 
-An epoch over 512 images of 3x64x64 that are resized and flipped as they are read (about 1 ms each, by the reading rank
-itself), with a small convolutional network. "nothing" trains on batches that are there already.
+An epoch over 512 images of 3x64x64 that are resized and flipped as they are read, by the reading rank itself, with a
+small convolutional network. "nothing" trains on batches that are there already.
 """
 
 import os

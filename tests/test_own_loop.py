@@ -25,12 +25,23 @@ def own_loss(trainer, model, x, y, criterion=F.cross_entropy):
     return criterion(model(own_x), own_y), weight
 
 
+class Steps:
+    """A writer that keeps the numbers of steps."""
+
+    def __init__(self):
+        self.steps = []
+
+    def log(self, figures, step):
+        self.steps.append(step)
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["plain", "sharded"])
 @pytest.mark.parametrize("net", [Net, NormNet])
 @mixed
 def test_loop(world, net, sharded):
     model, reference = net(F64), net(F64)
     trainer = create_distributed_trainer(model, shard_optimizer=sharded)
+    trainer.log_to(log := Steps())
     optimizer, plain_optimizer = sgd(model), sgd(reference)
     for step, num_samples in enumerate([12, 7, 9] if net is NormNet else [12, 7, 2, 1]):
         x, y = batch(num_samples, F64, step)
@@ -46,6 +57,8 @@ def test_loop(world, net, sharded):
         torch.testing.assert_close(total, expected.detach(), rtol=1e-11, atol=0)
         assert total.shape == ()
         torch.testing.assert_close(trainer.step(optimizer, clip_norm=0.3), norm, rtol=1e-11, atol=0)
+        trainer.log({"own": 1.0})
+    assert log.steps == ([*range(1, step + 2)] if world.rank == 0 else [])
     assert_same(model, reference, 1e-10)
     trainer.close()
 

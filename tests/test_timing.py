@@ -76,7 +76,7 @@ def test_slow_rank(world, phase):
     summary = train(world, phase, culprit)
     assert (summary.slowest_rank, summary.slowest_phase) == (culprit, phase)
     assert summary.slowest_share > 0.5
-    assert summary.slowest_excess_seconds > 0.9 * DELAY
+    assert 0.9 * DELAY < summary.slowest_excess_seconds < 3 * DELAY  # of medians, which a stall does not move
     assert summary.waiting_seconds > 0.7 * DELAY * (world.size - 1) / world.size
     assert summary.exchange_seconds < summary.waiting_seconds
     text = str(summary)

@@ -2,9 +2,9 @@
 """Loads global batches of which each rank reads its part only.
 
 Which samples make up batch b of epoch e follows from the loader's seed alone, so it is the same for any number of ranks
-and of workers; a rank reads a part of it. The random streams are set anew
-before each sample is read, from the seed, the epoch and the sample's number: what augmentation draws does not depend
-on who reads it either. Nothing here communicates.
+and of workers; a rank reads a part of it. The random streams are set anew before each sample is read, from the seed,
+the epoch and the sample's number: what augmentation draws does not depend on who reads it either. Nothing here
+communicates.
 """
 
 from __future__ import annotations
@@ -91,9 +91,10 @@ class PartLoader:
         self._resumes = False
         self._plan.seed, self._plan.epoch, self._plan.first = self._seed, self.epoch, self.num_read
         for batch in self._loader:
-            part, is_empty = batch if isinstance(self._plan, _IterableBatches) else (batch, None)
-            if is_empty is None:
-                is_empty = self._plan.is_empty(self.num_read)
+            if isinstance(self._plan, _IterableBatches):
+                part, is_empty = batch
+            else:
+                part, is_empty = batch, self._plan.is_empty(self.num_read)
             self.num_read += 1
             yield slice_batch(part, 0, 0) if is_empty else part
         self.epoch, self.num_read = self.epoch + 1, 0

@@ -154,7 +154,7 @@ class Replica:
         return True
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, is_known: bool) -> set[int]:
-        """Raises ValueError for one that does not fit; the model's parameters only if `is_known`. Local.
+        """Raises ValueError for one that does not fit. Whose parameters it has is not looked at if `is_known`. Local.
 
         Returns:
             What identifies its parameters, if it is not known.

@@ -20,12 +20,10 @@ class Reporter:
     """Knows the last step, and whom to tell.
 
     Attributes:
-        num_steps: Steps so far.
         loss: Of the last one.
     """
 
     def __init__(self, group: Any) -> None:
-        self.num_steps = 0
         self.loss: float | None = None
         self._group = group
         self._writers: list[tuple[Any, int]] = []
@@ -35,20 +33,22 @@ class Reporter:
         """Has a writer told of every `every`th step. The same on every rank, of which only rank 0 writes."""
         self._writers.append((writer, every))
 
-    def note(self, loss: float, num_samples: float, own: float, waited: float, figures: dict[str, Any]) -> None:
+    def note(
+        self, step: int, loss: float, num_samples: float, own: float, waited: float, figures: dict[str, Any]
+    ) -> None:
         """Takes down a step. Collective if there are writers.
 
         Args:
+            step: Its number, from 1.
             loss: Of the global batch.
             num_samples: This rank's share of it.
             own: Seconds that this rank took by itself.
             waited: Seconds that it waited for others and for the exchange.
             figures: Others to write; those that are None are not there.
         """
-        self.num_steps += 1
         self.loss = loss
         self._num_samples += num_samples * self._group.size()
-        due = [writer for writer, every in self._writers if self.num_steps % every == 0]
+        due = [writer for writer, every in self._writers if step % every == 0]
         if not due:
             return
         times = [_TIMES.unpack(row) for row in gather_bytes(self._group, _TIMES.pack(own, waited))]
@@ -63,13 +63,13 @@ class Reporter:
             "slowest_rank": float(max(range(len(times)), key=lambda rank: times[rank][0])),
         }
         for writer in due:
-            write(writer, figures, self.num_steps)
+            write(writer, figures, step)
 
-    def log(self, figures: dict[str, float]) -> None:
+    def log(self, figures: dict[str, float], step: int) -> None:
         """Gives the user's own figures to all writers, on rank 0. Local."""
         if self._group.rank() == 0:
             for writer, _ in self._writers:
-                write(writer, figures, self.num_steps)
+                write(writer, figures, step)
 
     def progress(self, batches: Iterable[Any], description: str) -> Iterator[Any]:
         """The batches; rank 0 shows how far they are. Local."""

@@ -178,7 +178,7 @@ class DistributedTrainer(OwnLoop):
             "learning_rate": optimizer.param_groups[0].get("lr"),
             "gradient_norm": None if clip_norm is None else self.gradient_norm,
         }
-        self._reporter.note(sum(totals), own_samples, *clock.end(), figures)
+        self._reporter.note(self._replica.num_steps, sum(totals), own_samples, *clock.end(), figures)
         self._advice.note_optimizer(optimizer, self._replica.parameter_ids(optimizer))
         remaining = iter(totals)
         return map_tensors(lambda term: torch.tensor(next(remaining), dtype=term.dtype, device=term.device), loss)
@@ -323,7 +323,7 @@ class DistributedTrainer(OwnLoop):
 
     def log(self, figures: Mapping[str, float]) -> None:
         """Writes figures of your own beside those of the last step, on rank 0. Local."""
-        self._reporter.log(dict(figures))
+        self._reporter.log(dict(figures), self._replica.num_steps)
 
     def summary(self) -> Summary:
         """Where the time of `train_step` went, and which rank the others waited for. Collective, blocks.
