@@ -4,12 +4,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
 import random
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -18,31 +15,26 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .advice import Advice
-from .backend import gather_bytes, gather_objects
-from .criterion import Weighted, local_loss, local_weight, loss_terms
+from .agreement import Agreement
+from .backend import gather_objects
+from .criterion import Weighted, local_loss, loss_terms
 from .data import (
     batch_size,
     call_model,
-    compare_fingerprints,
-    fingerprint,
     map_tensors,
     part_bounds,
     slice_batch,
     to_device,
 )
-from .errors import MismatchError
 from .evaluate import Evaluation, evaluate
 from .loader import PartLoader
 from .options import TrainerOptions
 from .own_loop import OwnLoop
 from .replica import Replica, ReproducibleReplica
 from .reporting import Reporter, check_writer
-from .reproducible import own_shards, shard_part
-from .share import Piece, Share, share_of_batch, share_of_part, share_of_shards
+from .reproducible import shard_part
+from .share import Piece
 from .timing import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, OPTIMIZER, StepClock, Summary, summarise
-
-# What ranks with parts tell each other before a step: number of samples, weight.
-_PART_HEADER = struct.Struct("<dd")
 
 
 class DistributedTrainer(OwnLoop):
@@ -76,8 +68,7 @@ class DistributedTrainer(OwnLoop):
         self._options = options
         self._counters = counters
         self._is_closed = False
-        self._is_out_of_data = False
-        self._takes_whole_batches = options.split_batches
+        self._agreement = Agreement(self._group, options)
         self._advice = Advice()
         self._clock = StepClock()
         self._reporter = Reporter(self._group)
@@ -153,9 +144,9 @@ class DistributedTrainer(OwnLoop):
         self._check_step(criterion, optimizer, microbatches, weight, clip_norm)
         clock = self._clock
         num_samples = batch_size({"inputs": inputs, "targets": targets})
-        own_samples = num_samples / self.world_size if self._takes_whole_batches else num_samples
+        own_samples = num_samples / self.world_size if self._agreement.takes_whole_batches else num_samples
         clock.start(own_samples)
-        share = self._share(inputs, targets, criterion, num_samples, microbatches)
+        share = self._agreement.share(inputs, targets, criterion, num_samples, microbatches)
         clock.mark(AGREEMENT)
         self._replica.start()
         loss, values = None, []
@@ -210,14 +201,14 @@ class DistributedTrainer(OwnLoop):
         batch, has_any = None, False
         for batch in loader:
             has_any = True
-            self._agree(has_batch=True, has_any=True)
+            self._agreement.has_batch(has_batch=True, has_any=True)
             yield batch
-        while self._agree(has_batch=False, has_any=has_any):
-            self._is_out_of_data = True
+        while self._agreement.has_batch(has_batch=False, has_any=has_any):
+            self._agreement.is_out_of_data = True
             try:
                 yield batch
             finally:
-                self._is_out_of_data = False
+                self._agreement.is_out_of_data = False
 
     def loader(
         self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool = False, drop_last: bool = False, **options: Any
@@ -240,7 +231,7 @@ class DistributedTrainer(OwnLoop):
             ValueError: The trainer has trained on whole batches.
         """
         self._check_open()
-        if self._takes_whole_batches and self._replica.num_steps:
+        if self._agreement.takes_whole_batches and self._replica.num_steps:
             raise ValueError(
                 "this trainer has trained on whole batches, which every rank passes alike. Make the loader before the "
                 "first step, or pass whole batches only."
@@ -251,7 +242,7 @@ class DistributedTrainer(OwnLoop):
         if self._options.reproducible is not None:
             part_of = functools.partial(shard_part, num_shards=self._options.reproducible, **ranks)
         loader = PartLoader(dataset, batch_size, part_of, seed, shuffle=shuffle, drop_last=drop_last, **options)
-        self._takes_whole_batches = False
+        self._agreement.takes_whole_batches = False
         return loader
 
     def evaluate(
@@ -362,58 +353,8 @@ class DistributedTrainer(OwnLoop):
     def _parts_of(self, loader: Iterable[Any]) -> Iterator[Any]:
         """This rank's parts of whole batches. Each step is collective."""
         for batch in loader:
-            self._check_same_batch({"batch": batch})
+            self._agreement.check_same({"batch": batch})
             yield self.split(batch)
-
-    def _share(
-        self, inputs: Any, targets: Any, criterion: Callable[..., Any], num_samples: int, microbatches: int
-    ) -> Share:
-        """Cuts the batch, or weighs this rank's own part. Collective unless there is one rank."""
-        if self._takes_whole_batches and num_samples == 0:
-            raise ValueError("the batch has no samples; skip it on every rank")
-        if self._options.reproducible is not None:
-            share = self._reproducible_share(inputs, targets, criterion, num_samples)
-        elif self._takes_whole_batches:
-            ranks = (self.rank, self.world_size)
-            share = share_of_batch(inputs, targets, criterion, num_samples, ranks, microbatches)
-            self._check_same_batch({"inputs": inputs, "targets": targets})
-        else:
-            if self._is_out_of_data:
-                num_samples = 0
-            weight = local_weight(criterion, targets, num_samples) if num_samples else 0.0
-            rows = gather_bytes(self._group, _PART_HEADER.pack(num_samples, weight))
-            headers = [_PART_HEADER.unpack(row) for row in rows]
-            if not any(samples for samples, _ in headers):
-                raise ValueError(
-                    "no rank has a sample for this step; end the loop on every rank, as trainer.batches does"
-                )
-            share = share_of_part(inputs, targets, criterion, headers, self.rank, microbatches)
-        if share.total == 0 and isinstance(criterion, Weighted):
-            raise ValueError("weight= is 0 for all of the batch, so its mean is over nothing; skip it on every rank")
-        return share
-
-    def _reproducible_share(self, inputs: Any, targets: Any, criterion: Callable[..., Any], num_samples: int) -> Share:
-        """The shards of a batch that this rank computes. Collective unless there is one rank."""
-        num_shards = self._options.reproducible
-        shards = own_shards(num_shards, self.rank, self.world_size)
-        if self._takes_whole_batches:
-            bounds = [part_bounds(num_samples, shard, num_shards) for shard in shards]
-            share = share_of_shards(inputs, targets, criterion, bounds, local_weight(criterion, targets, num_samples))
-            self._check_same_batch({"inputs": inputs, "targets": targets})
-            return share
-        counts = gather_objects(self._group, num_samples)
-        for rank, count in enumerate(counts):
-            start, stop = shard_part(sum(counts), num_shards, rank, self.world_size)
-            if count != stop - start:
-                raise ValueError(
-                    f"rank {rank} has {count} of the {sum(counts)} samples, but its shards hold {stop - start}: with "
-                    f"reproducible= pass what trainer.loader gives"
-                )
-        first, _ = shard_part(sum(counts), num_shards, self.rank, self.world_size)
-        bounds = [part_bounds(sum(counts), shard, num_shards) for shard in shards]
-        share = share_of_shards(inputs, targets, criterion, [(a - first, b - first) for a, b in bounds], 0.0)
-        weights = gather_objects(self._group, [piece.weight for piece in share.pieces])
-        return replace(share, total=sum(itertools.chain.from_iterable(weights)))
 
     def _forward(self, piece: Piece, total: float) -> tuple[Any, list[Tensor]]:
         """The loss of a piece as the criterion returns it, scaled to what it adds to the global one, and its terms."""
@@ -454,24 +395,3 @@ class DistributedTrainer(OwnLoop):
         ids = self._replica.check_optimizer(optimizer, is_known)
         if not is_known:
             self._advice.about_optimizer(optimizer, ids, is_loud=self.rank == 0)
-
-    def _check_same_batch(self, roots: dict[str, Any]) -> None:
-        if self.world_size == 1:
-            return
-        # Reading a device waits for it, but the last step has already done so for its loss.
-        gathered = gather_bytes(self._group, fingerprint(roots, read_devices=True))
-        difference = compare_fingerprints(gathered, roots, read_devices=True)
-        if difference is not None:
-            raise MismatchError(difference)
-
-    def _agree(self, has_batch: bool, has_any: bool) -> bool:
-        """Whether any rank has a batch. Collective."""
-        rows = gather_bytes(self._group, bytes([has_batch, has_any]))
-        if any(row[0] for row in rows):
-            for rank, row in enumerate(rows):
-                if not row[1]:
-                    raise ValueError(
-                        f"the loader of rank {rank} is empty, so it has nothing to take part with. Give every rank at "
-                        f"least one batch."
-                    )
-        return any(row[0] for row in rows)
