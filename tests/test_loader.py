@@ -216,3 +216,21 @@ def test_not_after_whole_batches(world):
     with pytest.raises(ValueError, match="has trained on whole batches"):
         trainer.loader(TensorDataset(*batch(8, F64)), 4)
     trainer.close()
+
+
+def test_epochs():
+    """All of them, or those that the loader's state leaves, the first from its middle."""
+    trainer = create_distributed_trainer(nn.Linear(1, 1))
+    loader = trainer.loader(Squares(6), 2, shuffle=True)
+    seen = {epoch: [part.tolist() for part, _ in loader] for epoch in trainer.epochs(3)}
+    assert list(seen) == [0, 1, 2]
+    state = {"epoch": 1, "num_read": 2, "seed": loader.state_dict()["seed"]}
+    resumed = trainer.loader(Squares(6), 2, shuffle=True)
+    resumed.load_state_dict(state)
+    rest = {epoch: [part.tolist() for part, _ in resumed] for epoch in trainer.epochs(3)}
+    assert rest == {1: seen[1][2:], 2: seen[2]}
+    assert list(trainer.epochs(2)) == [0, 1]  # that state was used
+    for wrong in (-1, 2.0, True):
+        with pytest.raises(ValueError, match="num_epochs must be an int of at least 0"):
+            list(trainer.epochs(wrong))
+    trainer.close()

@@ -10,6 +10,7 @@ from ranks import mixed, on_ranks
 from test_exactness import F64, Net, NormNet, batch
 from test_microbatches import assert_same, sgd
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from distributed_trainer import MismatchError, create_distributed_trainer
 
@@ -312,6 +313,50 @@ def test_sparse_gradients(world):
         plain_optimizer.step()
         trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizer, microbatches=1 + step)
     assert_same(model, reference, 1e-11)
+    trainer.close()
+
+
+class Checkpointed(Net):
+    """Forward runs again in backward."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", ["plain", "checkpointed", "compiled"])
+@pytest.mark.parametrize("loop", ["own loop", "train_step"])
+@on_ranks(2, (3, 2))
+def test_long_loop(world, kind, loop):
+    """Parameter groups, a scheduler, and a layer that is frozen for some steps in the middle."""
+    model, reference = (Checkpointed if kind == "checkpointed" else Net)(F64), Net(F64)
+    trainer = create_distributed_trainer(model)
+    net = torch.compile(model, backend="aot_eager") if kind == "compiled" else model
+    optimizers, schedulers = [], []
+    for other in (model, reference):
+        groups = [{"params": [*other.conv.parameters()]}, {"params": [*other.linear.parameters()], "lr": 0.01}]
+        optimizers.append(torch.optim.AdamW(groups, lr=0.05))
+        schedulers.append(torch.optim.lr_scheduler.StepLR(optimizers[-1], 2, gamma=0.5))
+    for step in range(6):
+        for other in (model, reference):
+            other.conv.requires_grad_(step not in (2, 3))
+        x, y = batch(8, F64, step)
+        optimizers[1].zero_grad()
+        F.cross_entropy(reference(x), y).backward()
+        optimizers[1].step()
+        if loop == "train_step":
+            if kind == "compiled" and step == 0:
+                trainer.close()
+                trainer = create_distributed_trainer(net)
+            trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizers[0])
+        else:
+            with trainer.forward():
+                loss, weight = own_loss(trainer, net, x, y)
+            optimizers[0].zero_grad()
+            trainer.backward(loss, weight=weight)
+            trainer.step(optimizers[0])
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_same(model, reference, 1e-8)
     trainer.close()
 
 

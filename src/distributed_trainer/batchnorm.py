@@ -70,7 +70,7 @@ class GlobalBatchNorm:
         return len(self._modules)
 
     @contextmanager
-    def active(self, ghost: bool = False) -> Iterator[None]:
+    def active(self, ghost: bool = False, completes: bool = False) -> Iterator[None]:
         """Use global statistics until the end of the block. Every rank holds it around forward and backward.
 
         Backward belongs inside because activation checkpointing runs forward again there. Each rank must call
@@ -79,11 +79,14 @@ class GlobalBatchNorm:
         Args:
             ghost: this rank's input stands in for an empty part: it takes part in every collective and counts
                 for nothing. The gradients it computes are meaningless.
+            completes: the last block was left by an exception, in the middle of what all ranks do together.
+                Running the same modules again, on whatever input, makes only those calls that it did not come to.
 
         Raises:
             ValueError: from the model, if the global batch has one value per channel; the same on all ranks.
         """
         self._mode.ghost = ghost
+        self._mode.gather.start(completes)
         own_classes = [type(module) for module in self._modules]
         try:
             for module, own in zip(self._modules, own_classes, strict=True):
@@ -117,12 +120,36 @@ class GlobalBatchNorm:
             logger.warning("BatchNorm module %r %s: its statistics are those of each rank's part.", name, reason)
 
 
+class _Gather:
+    """Gathers the ranks' tensors, in a sequence of calls that is the same on all of them."""
+
+    def __init__(self, process_group: Any) -> None:
+        self._group = process_group
+        self._num_made = self._num_skipped = 0
+
+    def start(self, completes: bool) -> None:
+        """Begins a sequence, or runs the last one again without the calls that this rank has made. Local."""
+        self._num_skipped = self._num_made if completes else 0
+        self._num_made = 0
+
+    def __call__(self, local: Tensor) -> Tensor:
+        """Return the ranks' tensors in rank order, stacked. Collective, but for calls that were made."""
+        if self._num_made < self._num_skipped:
+            gathered = local.repeat(self._group.size(), 1)  # nobody reads what comes of it
+        else:
+            gathered = local.new_empty(self._group.size() * local.size(0), local.size(1))
+            self._group._allgather_base(gathered, local).wait()
+        self._num_made += 1
+        return gathered.view(self._group.size(), *local.shape)
+
+
 class _GlobalStatistics(TorchFunctionMode):
     """Replaces training-mode F.batch_norm while entered, in this thread: during one module's forward."""
 
     def __init__(self, process_group: Any) -> None:
         super().__init__()
         self.group = process_group
+        self.gather = _Gather(process_group)
         self.ghost = False
         self.calls = 0
 
@@ -144,7 +171,7 @@ class _GlobalStatistics(TorchFunctionMode):
         self.calls += 1
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        return _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps, self.group, self.ghost)
+        return _BatchNorm.apply(input, weight, bias, running_mean, running_var, momentum, eps, self.gather, self.ghost)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -160,11 +187,11 @@ class _BatchNorm(torch.autograd.Function):
         running_var: Tensor | None,
         momentum: float,
         eps: float,
-        group: Any,
+        gather: _Gather,
         ghost: bool,
     ) -> Tensor:
         count = 0 if ghost else input.numel() // input.size(1)
-        means, variances, counts = _all_gather(group, _local_statistics(input, count)).unbind(1)
+        means, variances, counts = gather(_local_statistics(input, count)).unbind(1)
         total = counts.sum(0)
         # A rank that has two values knows the answer: reading a device's tensor would wait for the device.
         if count < 2 and total[0] == 1:
@@ -177,7 +204,7 @@ class _BatchNorm(torch.autograd.Function):
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * total / (total - 1)).to(running_var.dtype), momentum)
         ctx.save_for_backward(input, weight, mean, var, total)
-        ctx.eps, ctx.group, ctx.ghost = eps, group, ghost
+        ctx.eps, ctx.gather, ctx.ghost = eps, gather, ghost
         return F.batch_norm(input, mean, var, _cast(weight, mean), _cast(bias, mean), training=False, eps=eps)
 
     @staticmethod
@@ -206,7 +233,7 @@ class _BatchNorm(torch.autograd.Function):
             grad_input, sum_dy_xhat, sum_dy = torch.zeros_like(input), mean * 0, mean * 0
         if need_input:
             sums = torch.stack((sum_dy, sum_dy_xhat))
-            sums = _all_gather(ctx.group, torch.zeros_like(sums) if ctx.ghost else sums).sum(0)
+            sums = ctx.gather(torch.zeros_like(sums) if ctx.ghost else sums).sum(0)
             # xhat = (x - mean) * inverse_std, so what is missing from dx is -slope * x - offset.
             mean_dy, mean_dy_xhat = sums.mul_(scale.mul(inverse_std).div_(total)).unbind()
             slope = mean_dy_xhat.mul_(inverse_std)
@@ -228,13 +255,6 @@ def _local_statistics(input: Tensor, count: int) -> Tensor:
     running = None if dtype == input.dtype else input.new_zeros(input.size(1), dtype=dtype)
     mean, var = torch.batch_norm_update_stats(input, running, running, 0.0)
     return torch.stack((mean, var, torch.full_like(mean, count)))
-
-
-def _all_gather(group: Any, local: Tensor) -> Tensor:
-    """Return the ranks' tensors in rank order, stacked."""
-    gathered = local.new_empty(group.size() * local.size(0), local.size(1))
-    group._allgather_base(gathered, local).wait()
-    return gathered.view(group.size(), *local.shape)
 
 
 def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:

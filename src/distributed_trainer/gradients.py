@@ -222,6 +222,10 @@ class GradientSum:
         state.is_placed = True
         return state.view.detach()  # a tensor that nobody else holds: autograd makes such a one `.grad` as it is
 
+    def forget_order(self) -> None:
+        """Has the next step show anew in which order gradients arrive, for new buckets. Local; on every rank."""
+        self._trainable = []
+
     def close(self) -> None:
         """Lets go of the parameters. Local."""
         for state in self._states:

@@ -33,6 +33,7 @@ class PartLoader:
     Attributes:
         epoch: Number of the next epoch, from 0, or of that in progress.
         num_read: Batches of it that were given out.
+        resumes: The next iteration goes on where `load_state_dict` says.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class PartLoader:
                 )
         self.epoch = 0
         self.num_read = 0
-        self._resumes = False
+        self.resumes = False
         self._seed = seed
         self._batch_size, self._drop_last = batch_size, drop_last
         self._plan: _IndexedBatches | _IterableBatches
@@ -86,9 +87,9 @@ class PartLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Gives this rank's parts of an epoch: the next, or the rest of the one that `load_state_dict` names."""
-        if self.num_read and not self._resumes:  # the last loop was left early
+        if self.num_read and not self.resumes:  # the last loop was left early
             self.epoch, self.num_read = self.epoch + 1, 0
-        self._resumes = False
+        self.resumes = False
         self._plan.seed, self._plan.epoch, self._plan.first = self._seed, self.epoch, self.num_read
         for batch in self._loader:
             if isinstance(self._plan, _IterableBatches):
@@ -106,7 +107,7 @@ class PartLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Has the next iteration go on from there. Local; the dataset and the batch size are to be the same."""
         self.epoch, self.num_read, self._seed = state["epoch"], state["num_read"], state["seed"]
-        self._resumes = True
+        self.resumes = True
 
 
 class _IndexedBatches:

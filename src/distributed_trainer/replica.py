@@ -98,6 +98,10 @@ class Replica:
         """Around a forward and its backward: BatchNorm takes the statistics of all ranks. Local."""
         return self._batchnorm.active(is_ghost) if self._batchnorm else contextlib.nullcontext()
 
+    def around_completion(self) -> contextlib.AbstractContextManager[None]:
+        """Around forward and backward of a stand-in for a piece that an exception has ended. Local."""
+        return self._batchnorm.active(completes=True) if self._batchnorm else contextlib.nullcontext()
+
     def around_backward(self, is_ghost: bool) -> contextlib.AbstractContextManager[None]:
         """Around a backward whose forward is over. Local."""
         stack = contextlib.ExitStack()
@@ -123,6 +127,15 @@ class Replica:
             self._buffers.share(source)
         self._note_nonfinite()
         return sums, loss
+
+    def abandon(self) -> None:
+        """In the place of `finish`: makes its calls, but gradients and buffers are not to be used. Collective, blocks.
+
+        If this was the first step, which shows the order of the gradients, the next one does.
+        """
+        self.gradients.finish([])
+        if self.num_steps == 0:
+            self.gradients.forget_order()
 
     def update(
         self,

@@ -40,6 +40,8 @@ class Share:
     """The weight of the global batch."""
     source: int
     """First rank that has samples: its buffers become everybody's."""
+    longest: int
+    """Number of samples of the longest piece on any rank."""
 
 
 def share_of_batch(
@@ -66,7 +68,8 @@ def share_of_batch(
         first, last = part_bounds(num_samples, number, num_pieces)
         start, stop = part_bounds(last - first, *ranks)
         pieces.append(_piece(inputs, targets, criterion, first + start, first + stop, stand_in=first))
-    return Share(pieces, local_weight(criterion, targets, num_samples), 0)
+    longest = -(-num_samples // num_pieces)
+    return Share(pieces, local_weight(criterion, targets, num_samples), 0, longest=-(-longest // ranks[1]))
 
 
 def share_of_part(
@@ -88,7 +91,8 @@ def share_of_part(
         microbatches: How many; no more than the longest part has samples are made.
     """
     num_samples = int(headers[rank][0])
-    num_pieces = min(microbatches, int(max(samples for samples, _ in headers)))
+    longest_part = int(max(samples for samples, _ in headers))
+    num_pieces = min(microbatches, longest_part)
     if not batch_size({"inputs": inputs, "targets": targets}):
         inputs, targets = zero_sample((inputs, targets))
     pieces = []
@@ -96,7 +100,7 @@ def share_of_part(
         start, stop = part_bounds(num_samples, number, num_pieces)
         pieces.append(_piece(inputs, targets, criterion, start, stop, stand_in=0))
     source = next(rank for rank, (samples, _) in enumerate(headers) if samples)
-    return Share(pieces, sum(weight for _, weight in headers), source)
+    return Share(pieces, sum(weight for _, weight in headers), source, longest=-(-longest_part // num_pieces))
 
 
 def share_of_shards(
@@ -115,7 +119,14 @@ def share_of_shards(
     # In memory of their own, since products may be rounded by where their factors begin.
     copies = [map_tensors(torch.clone, (piece.inputs, piece.targets)) for piece in pieces]
     pieces = [replace(piece, inputs=x, targets=y) for piece, (x, y) in zip(pieces, copies, strict=True)]
-    return Share(pieces, total, 0)
+    return Share(pieces, total, 0, longest=max(stop - start for start, stop in shards))
+
+
+def stand_in(piece: Piece) -> Piece:
+    """The first samples of a piece: two, since BatchNorm wants two values."""
+    targets = slice_batch(piece.targets, 0, 2)
+    criterion = split_criterion(piece.criterion, piece.targets, 0, 2)
+    return replace(piece, inputs=slice_batch(piece.inputs, 0, 2), targets=targets, criterion=criterion, is_ghost=True)
 
 
 def _piece(inputs: Any, targets: Any, criterion: Callable[..., Any], start: int, stop: int, stand_in: int) -> Piece:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -28,12 +30,13 @@ from .data import (
 )
 from .evaluate import Evaluation, evaluate
 from .loader import PartLoader
+from .memory import FittingPieces, PiecesTooLarge
 from .options import TrainerOptions
 from .own_loop import OwnLoop
 from .replica import Replica, ReproducibleReplica
 from .reporting import Reporter, check_writer
 from .reproducible import shard_part
-from .share import Piece
+from .share import Piece, stand_in
 from .timing import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, OPTIMIZER, StepClock, Summary, summarise
 
 
@@ -69,9 +72,11 @@ class DistributedTrainer(OwnLoop):
         self._counters = counters
         self._is_closed = False
         self._agreement = Agreement(self._group, options)
+        self._loaders: weakref.WeakSet[PartLoader] = weakref.WeakSet()
         self._advice = Advice()
         self._clock = StepClock()
         self._reporter = Reporter(self._group)
+        self._fitting = FittingPieces(model, self._group, device)
         kind = Replica if options.reproducible is None else ReproducibleReplica
         self._replica = kind(model, groups, device, options)
 
@@ -95,7 +100,7 @@ class DistributedTrainer(OwnLoop):
         criterion: Callable[..., Any],
         optimizer: torch.optim.Optimizer,
         *,
-        microbatches: int = 1,
+        microbatches: int | str = 1,
         weight: Callable[[Any], Any] | float | None = None,
         clip_norm: float | None = None,
     ) -> Any:
@@ -117,7 +122,8 @@ class DistributedTrainer(OwnLoop):
                 `state_dict()` is then collective, and gives and takes what an ordinary optimizer does.
             microbatches: Pieces in which the batch is computed, one after the other, for less memory. Exact whatever
                 their sizes; BatchNorm uses the statistics of each piece over all ranks, as one process that
-                accumulates gradients does. The same on every rank.
+                accumulates gradients does. The same on every rank. "auto" begins with one; where memory runs out on
+                any rank, the step is repeated with twice as many, which later steps keep (docs/training.md).
             weight: What a part of the batch counts in the mean, for a loss of your own: a function of the part's
                 targets that adds up over parts, such as `lambda targets: (targets != PAD).sum()`. With
                 `split_batches=False` also the number for this rank's part.
@@ -134,6 +140,8 @@ class DistributedTrainer(OwnLoop):
                 changed its parameters.
             FloatingPointError: A gradient is infinite or NaN, with `nonfinite_gradients="raise"`. The same on every
                 rank; no parameter has changed, and training can go on.
+            torch.OutOfMemoryError: With `microbatches="auto"`, a single sample is too large for some rank. The same on
+                every rank.
             DistributedTrainerError: A rank has left the job or closed its trainer, or the transport failed.
         """
         self._check_open()
@@ -146,23 +154,8 @@ class DistributedTrainer(OwnLoop):
         num_samples = batch_size({"inputs": inputs, "targets": targets})
         own_samples = num_samples / self.world_size if self._agreement.takes_whole_batches else num_samples
         clock.start(own_samples)
-        share = self._agreement.share(inputs, targets, criterion, num_samples, microbatches)
-        clock.mark(AGREEMENT)
-        self._replica.start()
-        loss, values = None, []
-        with self._replica.around_step():
-            for number, piece in enumerate(share.pieces):
-                with self._replica.around_piece(piece.is_ghost):
-                    loss, terms = self._forward(piece, share.total)
-                    clock.mark(FORWARD)
-                    is_last = number == len(share.pieces) - 1
-                    with self._replica.gradients.backward(leave_out=piece.is_ghost, is_last=is_last):
-                        functools.reduce(operator.add, terms).backward()
-                    clock.mark(BACKWARD)
-                values.append([0.0 if piece.is_ghost else term.detach() for term in terms])
-        values = [[float(value) for value in terms] for terms in values]
-        totals, loss = self._replica.finish(values, loss, share.source)
-        clock.mark(EXCHANGE)
+        attempt = functools.partial(self._compute, inputs, targets, criterion, num_samples)
+        totals, loss = self._fitting.run(attempt) if microbatches == "auto" else attempt(microbatches)
         self._replica.update(optimizer, clip_norm)
         clock.mark(OPTIMIZER)
         figures = {
@@ -243,7 +236,22 @@ class DistributedTrainer(OwnLoop):
             part_of = functools.partial(shard_part, num_shards=self._options.reproducible, **ranks)
         loader = PartLoader(dataset, batch_size, part_of, seed, shuffle=shuffle, drop_last=drop_last, **options)
         self._agreement.takes_whole_batches = False
+        self._loaders.add(loader)
         return loader
+
+    def epochs(self, num_epochs: int) -> Iterator[int]:
+        """Gives the numbers of epochs, 0 to num_epochs - 1. Local.
+
+        A loop whose `trainer.loader` was given the state of an earlier run (`load_state_dict`) begins with the epoch in
+        which that run was, of which the loader then gives the rest.
+
+            for epoch in trainer.epochs(10):
+                for inputs, targets in loader:
+                    trainer.train_step(inputs, targets, criterion, optimizer)
+        """
+        if not isinstance(num_epochs, int) or isinstance(num_epochs, bool) or num_epochs < 0:
+            raise ValueError(f"num_epochs must be an int of at least 0, not {num_epochs!r}")
+        yield from range(max((loader.epoch for loader in self._loaders if loader.resumes), default=0), num_epochs)
 
     def evaluate(
         self,
@@ -356,6 +364,57 @@ class DistributedTrainer(OwnLoop):
             self._agreement.check_same({"batch": batch})
             yield self.split(batch)
 
+    def _compute(
+        self, inputs: Any, targets: Any, criterion: Callable[..., Any], num_samples: int, microbatches: int
+    ) -> tuple[list[float], Any]:
+        """Sums of the loss's terms over all ranks, and its structure; the gradients are summed. Collective, blocks."""
+        share = self._agreement.share(inputs, targets, criterion, num_samples, microbatches)
+        self._clock.mark(AGREEMENT)
+        self._replica.start()
+        loss, values = None, []
+        with self._replica.around_step():
+            for number, piece in enumerate(share.pieces):
+                loss, terms = self._run(piece, share.total, is_last=number == len(share.pieces) - 1)
+                values.append(terms)
+        if self._fitting.ranks_lack_memory():
+            self._replica.abandon()
+            raise PiecesTooLarge(share.longest)
+        values = [[float(value) for value in terms] for terms in values]
+        result = self._replica.finish(values, loss, share.source)
+        self._clock.mark(EXCHANGE)
+        return result
+
+    def _run(self, piece: Piece, total: float, is_last: bool) -> tuple[Any, list[Any]]:
+        """Forward and backward of a piece: its loss and the terms of it.
+
+        Once memory has run out, what matters is that the calls are made for which other ranks wait: with BatchNorm a
+        stand-in makes them; what a piece has left of its buckets `abandon` sends.
+        """
+        if self._fitting.shortage is None:
+            try:
+                return self._run_in(self._replica.around_piece(piece.is_ghost), piece, total, is_last)
+            except Exception as error:
+                if not self._fitting.catches(error):
+                    raise
+            context, is_last = self._replica.around_completion(), False
+        else:
+            context = self._replica.around_piece()
+        if not self._replica.has_global_batchnorm:
+            return None, []
+        return self._run_in(context, stand_in(piece), total, is_last)
+
+    def _run_in(
+        self, context: contextlib.AbstractContextManager[None], piece: Piece, total: float, is_last: bool
+    ) -> tuple[Any, list[Any]]:
+        """Forward and backward of a piece, or a stand-in."""
+        with context:
+            loss, terms = self._forward(piece, total)
+            self._clock.mark(FORWARD)
+            with self._replica.gradients.backward(leave_out=piece.is_ghost, is_last=is_last):
+                functools.reduce(operator.add, terms).backward()
+            self._clock.mark(BACKWARD)
+        return loss, [0.0 if piece.is_ghost else term.detach() for term in terms]
+
     def _forward(self, piece: Piece, total: float) -> tuple[Any, list[Tensor]]:
         """The loss of a piece as the criterion returns it, scaled to what it adds to the global one, and its terms."""
         outputs = call_model(self.model, to_device(piece.inputs, self.device))
@@ -373,11 +432,17 @@ class DistributedTrainer(OwnLoop):
     def _check_step(
         self, criterion: Any, optimizer: Any, microbatches: Any, weight: Any, clip_norm: float | None
     ) -> None:
-        if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
-            raise ValueError(f"microbatches must be an int of at least 1, not {microbatches!r}")
-        if microbatches > 1 and self._options.reproducible is not None:
+        is_auto = microbatches == "auto"
+        if not is_auto and (not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1):
+            raise ValueError(f'microbatches must be an int of at least 1, or "auto", not {microbatches!r}')
+        if is_auto and self._options.compression is not None:
+            raise ValueError(
+                'microbatches="auto" does not go with compression, whose memory of earlier steps a repeated one would '
+                "lose: pass a number"
+            )
+        if microbatches != 1 and self._options.reproducible is not None:
             raise ValueError("reproducible= computes each shard by itself: leave microbatches out, or make more shards")
-        if weight is not None and not callable(weight) and (self._options.split_batches or microbatches > 1):
+        if weight is not None and not callable(weight) and (self._options.split_batches or microbatches != 1):
             raise ValueError(
                 f"weight={weight!r} is of this rank's part, but here parts are cut from it: pass a function of the "
                 f"targets, such as lambda targets: (targets != PAD).sum()"
