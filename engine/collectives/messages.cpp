@@ -29,17 +29,15 @@ void send_pieces(const Group& group, std::span<const std::byte> bytes, int desti
 
 namespace {
 
-// Goes before a message that is longer than message_bytes, so that the receiver may cut it as the sender does. The
-// pieces have a tag of their own: others of the user's tag may be under way at once, before and after it.
+// Begins a message that is longer than message_bytes, so that the receiver may cut it as the sender does. The pieces
+// have a tag of their own: others of the user's tag may be under way at once, before and after it. Between nodes the
+// first bytes come with it: while they travel the receiver says where the next ones belong, else MPI would copy them.
 struct Header {
   std::array<std::uint64_t, 2> mark;
   std::uint64_t num_bytes;
   std::int64_t piece_tag;
 };
 constexpr std::array<std::uint64_t, 2> header_mark{0x6d8f3b1c92e45a07U, 0xb15c0e7a43d9f286U};
-
-// Enough to keep the network busy; more would wait in the receiver's memory for where they belong.
-constexpr std::size_t pieces_under_way = 16;
 
 // In a node MPI copies large messages at once; between nodes it moves short ones better.
 std::size_t piece_bytes(const Group& group, int peer) {
@@ -50,20 +48,21 @@ std::size_t piece_bytes(const Group& group, int peer) {
 }  // namespace
 
 Task send(Group& group, std::span<const std::byte> bytes, int destination, int tag) {
-  Header header{};  // lives until it is sent
+  std::vector<std::byte> first;  // lives until it is sent
   std::vector<mpi::Transfer> transfers;
   if (bytes.size() <= message_bytes) {
     transfers.push_back(group.send(bytes, destination, first_user_tag + tag));
   } else {
     const int piece_tag = first_piece_tag + static_cast<int>(group.number_long_message() % num_piece_tags);
-    header = {header_mark, bytes.size(), piece_tag};
-    transfers.push_back(group.send(std::as_bytes(std::span(&header, 1)), destination, first_user_tag + tag));
+    const Header header{header_mark, bytes.size(), piece_tag};
     const std::size_t step = piece_bytes(group, destination);
-    for (std::size_t start = 0; start < bytes.size(); start += step) {
+    const std::size_t begun = step == message_bytes ? message_bytes - sizeof(header) : 0;
+    first.resize(sizeof(header) + begun);
+    std::memcpy(first.data(), &header, sizeof(header));
+    std::memcpy(first.data() + sizeof(header), bytes.data(), begun);
+    transfers.push_back(group.send(first, destination, first_user_tag + tag));
+    for (std::size_t start = begun; start < bytes.size(); start += step) {
       transfers.push_back(group.send(window(bytes, start, step), destination, piece_tag));
-      const std::size_t count = transfers.size();
-      auto has_room = Until([&] { return count < pieces_under_way || transfers[count - pieces_under_way].test(); });
-      co_await has_room;
     }
   }
   auto sent = Until([&transfers] { return mpi::test_all(transfers); });
@@ -87,7 +86,7 @@ Task receive(Group& group, std::span<std::byte> bytes, int source, int tag, Oper
   co_await arrived;
   const int from = first.source();
   Header header{};
-  if (first.num_bytes() == sizeof(header)) std::memcpy(&header, bytes.data(), sizeof(header));
+  if (first.num_bytes() >= sizeof(header)) std::memcpy(&header, bytes.data(), sizeof(header));
   const bool is_long = header.mark == header_mark;
   const std::size_t num_bytes = is_long ? header.num_bytes : first.num_bytes();
   if (num_bytes != bytes.size()) {
@@ -97,7 +96,9 @@ Task receive(Group& group, std::span<std::byte> bytes, int source, int tag, Oper
     std::vector<mpi::Transfer> transfers;
     const std::size_t step = piece_bytes(group, from);
     const int piece_tag = static_cast<int>(header.piece_tag);
-    for (std::size_t start = 0; start < bytes.size(); start += step) {
+    const std::size_t begun = first.num_bytes() - sizeof(header);
+    std::memmove(bytes.data(), bytes.data() + sizeof(header), begun);
+    for (std::size_t start = begun; start < bytes.size(); start += step) {
       transfers.push_back(group.receive(window(bytes, start, step), from, piece_tag));
     }
     auto all_arrived = Until([&transfers] { return mpi::test_all(transfers); });
