@@ -147,6 +147,10 @@ def test_file(world, shared_folder, monkeypatch, bucket_bytes, num_buckets):
         for life in rank.lives:
             check_life(life, steps)
             assert any(one.begin <= life["whole"].begin < one.end for one in rank.slices("backward"))
+        for step, wait in zip(steps, rank.slices("wait"), strict=True):
+            ends = [life["reduce"].end for life in rank.lives if step.holds(life["whole"])]
+            assert ends == sorted(ends)  # in the order of the buckets
+            assert ends[-1] < wait.end  # which lasts until the sum of the losses is there
         contents = [rank.slices(row, row)[0].arguments for row in sorted(rank.rows) if row != "steps"]
         assert sorted(name for content in contents for name in content["parameters"]) == sorted(NAMES)
         sizes = {name: parameter.nbytes for name, parameter in Net(F64).named_parameters()}
@@ -432,18 +436,21 @@ def group_start(group):
 def test_two_hosts(world, tmp_path):
     """Ranks whose clocks differ: names say by how much they may be off, and what happened at once is shown at once."""
 
-    def track(host, ahead):
-        meetings = [[(t + ahead - 40_000, t + ahead), (t + ahead + 9_000, t + ahead + 39_000)] for t in (0, 10**9)]
+    def track(host, ahead, came, left):
+        meetings = [[(at + ahead + came, at + ahead + left)] for at in (0, 10**9)]
         begin = ahead + 5 * 10**8
         return Track(host, ClockReadings(host, (meetings[0], meetings[1])), [("step 1", begin, begin + 10_000_000)], [])
 
-    tracks = [track("near", 0), track("near", 0), track("far", 10**15), track("far", 10**15)]
+    tracks = [
+        *(track("near", 0, -40_000, 30_000), track("near", 0, -10_000, 50_000)),
+        *(track("far", 10**15, -30_000, 30_000), track("far", 10**15, -10_000, 70_000)),
+    ]
     path = tmp_path / "trace.json"
     path.write_text(json.dumps(timeline(tracks)))
     ranks = read(path)
     assert [rank.name for rank in ranks] == [
         *("rank 0 on near", "rank 1 on near"),
-        *("rank 2 on far (clock within 30 us)", "rank 3 on far (clock within 30 us)"),
+        *("rank 2 on far (clock within 40 us)", "rank 3 on far (clock within 40 us)"),
     ]
     begins = [rank.slices("step 1")[0].begin for rank in ranks]
     assert np.ptp(begins) <= 1
