@@ -2,7 +2,6 @@
 """trainer.profile: a timeline of all ranks in one file, which keeps to the rules of its format and tells the truth."""
 
 import json
-import os
 import socket
 import time
 from collections import defaultdict
@@ -15,7 +14,7 @@ from ranks import mixed, on_ranks
 from test_exactness import F64, Net, batch
 from torch import nn
 
-from distributed_trainer import clocks, create_distributed_trainer, gradients
+from distributed_trainer import create_distributed_trainer, gradients
 from distributed_trainer.clocks import ClockReadings
 from distributed_trainer.compression import PowerSGD
 from distributed_trainer.profile import Recorder, Track, timeline
@@ -383,53 +382,6 @@ def test_time_before_is_left_out(world, shared_folder, monkeypatch):
     for rank in read(shared_folder / "trace.json"):
         assert DELAY <= rank.slices("data")[0].seconds + 1e-6 < 9 * DELAY
         assert max(one.end for one in rank.rows["steps"]) == rank.slices("step 2")[0].end
-
-
-@on_ranks(1, 2)
-def test_clock_name(world, monkeypatch):
-    """All processes of a machine have one clock; where that cannot be known, each has its own."""
-
-    def fail(path):
-        raise FileNotFoundError(path)
-
-    assert len(set(world.gather(clocks.clock_name()))) == 1
-    monkeypatch.setattr(os, "readlink", fail)
-    assert len(set(world.gather(clocks.clock_name()))) == world.size
-
-
-@on_ranks(2, 3, (3, 2))
-def test_clocks(world):
-    """Pretended ones that are ahead and run fast: bounds hold, and are no wider than the meetings took."""
-    group = world.group()
-    ahead, rate = 7_000_000_000_000 * world.rank, 1 + 1e-2 * world.rank  # ns
-    zero = group_start(group)
-
-    def now():
-        return int((time.perf_counter_ns() - zero) * rate) + ahead
-
-    first = clocks.meet(group, now)
-    times = []
-    for _ in range(20):
-        times.append((time.perf_counter_ns() - zero, now()))
-        time.sleep(0.005)
-    own = ClockReadings(f"clock {world.rank}", (first, clocks.meet(group, now)))
-    gathered = world.gather((own, times))
-    differences = clocks.compare([readings for readings, _ in gathered])
-    assert differences[0].uncertainty == 0
-    for difference, (_, pairs) in zip(differences, gathered, strict=True):
-        assert difference.uncertainty < 0.05e9
-        for true, local in pairs:
-            # They drift while ranks meet as well, which is no matter at the rates of real clocks.
-            assert abs(difference.common(local) - true) <= difference.uncertainty + 0.2e6
-    shared = [readings._replace(clock="one clock") for readings, _ in gathered]
-    assert all(difference.common(123) == 123 for difference in clocks.compare(shared))
-
-
-def group_start(group):
-    """One time for all ranks of this machine."""
-    start = torch.tensor([time.perf_counter_ns()])
-    group.broadcast([start]).wait()
-    return start.item()
 
 
 @on_ranks(1)
