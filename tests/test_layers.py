@@ -18,8 +18,8 @@ __init__
 create
 trainer
 own_loop
-share advice evaluate loader replica reporting timing
-criterion reproducible
+share advice evaluate loader profile replica reporting timing
+clocks criterion reproducible
 data batchnorm direct alignment sharding
 gradients
 options

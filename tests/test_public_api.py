@@ -18,7 +18,7 @@ NAMES = [
 ]
 MEMBERS = [
     *("backward", "batches", "close", "evaluate", "forward", "gradient_norm", "loader", "log", "log_to", "no_sync"),
-    *("num_skipped_steps", "progress", "split", "step", "summary", "train_step"),
+    *("num_skipped_steps", "profile", "progress", "split", "step", "summary", "train_step"),
 ]
 ATTRIBUTES = ["device", "local_rank", "model", "rank", "world_size"]
 

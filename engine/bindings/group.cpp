@@ -102,6 +102,15 @@ void bind_group(nb::module_& m) {
         }
         return pending.operation->is_done();
       })
+      .def_prop_ro(
+          "done_at_ns",
+          [](const Pending& pending) {
+            using namespace std::chrono;
+            return pending.operation->is_done()
+                       ? std::optional(nanoseconds(pending.operation->done_at().time_since_epoch()).count())
+                       : std::nullopt;
+          },
+          "When it was done, by the clock of time.perf_counter_ns(); None before.")
       .def_prop_ro("source", [](const Pending& pending) { return pending.operation->source(); },
                    "Of a receive that is done: the rank that sent.");
 

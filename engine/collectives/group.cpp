@@ -2,6 +2,7 @@
 #include "collectives/group.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <stdexcept>
 #include <string>
@@ -279,6 +280,7 @@ void Group::finish(const std::shared_ptr<Operation>& operation, std::exception_p
     operation->task_.reset();  // and its temporary memory with it
   }
   operation->error_ = std::move(error);
+  operation->done_at_ = std::chrono::steady_clock::now();
   operation->done_.store(1, std::memory_order_release);
   futex_wake_all(operation->done_);
 }

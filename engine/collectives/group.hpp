@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <exception>
@@ -34,6 +35,8 @@ class Operation {
   void set_source(int rank) { source_ = rank; }
 
   bool is_done() const { return done_.load(std::memory_order_acquire) != 0; }
+  // When this process noticed that it was done, with or without error. Only once it is done.
+  std::chrono::steady_clock::time_point done_at() const { return done_at_; }
   // Rethrows what the operation failed with. Only once it is done.
   void rethrow() const;
   // Whether the result has an infinite or NaN element: of an all_reduce anywhere, so that all ranks get the same answer;
@@ -55,6 +58,7 @@ class Operation {
   bool found_nonfinite_ = false;
   std::exception_ptr error_;
   std::shared_ptr<const void> buffers_;
+  std::chrono::steady_clock::time_point done_at_;
   std::atomic<std::uint32_t> done_{0};
 };
 

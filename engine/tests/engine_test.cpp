@@ -55,6 +55,26 @@ const Test ahead("engine: more in flight than announcements have room, ranks far
   });
 });
 
+const Test done_at("engine: when an operation was done is told, after the last rank's call and in order", Runs::on_ranks, [] {
+  for_each_layout([](const Layout& layout) {
+    using Clock = std::chrono::steady_clock;  // one for all ranks: they are on one machine
+    std::vector<std::int64_t> first(3), second(3);
+    if (layout.group.rank() == layout.group.size() - 1) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    const Clock::rep own = Clock::now().time_since_epoch().count();
+    const auto early = layout.engine.all_reduce(layout.group, bytes_of(first), sum_of_int64);
+    const auto late = layout.engine.all_reduce(layout.group, bytes_of(second), sum_of_int64);
+    finish(layout.engine, late);
+    const Clock::time_point now = Clock::now();
+    std::vector<Clock::rep> called(static_cast<std::size_t>(layout.group.size()));
+    const auto places = even_parts(std::as_writable_bytes(std::span(called)), called.size());
+    finish(layout.engine,
+           layout.engine.all_gather(layout.group, std::as_bytes(std::span(&own, 1)), places, DataType::int64));
+    expect(early->done_at().time_since_epoch().count() >= std::ranges::max(called), layout.name + ": after all calls");
+    expect(early->done_at() <= late->done_at(), layout.name + ": in order");
+    expect(late->done_at() <= now, layout.name + ": before the wait's end");
+  });
+});
+
 const Test threads("engine: two threads, each with groups of its own", Runs::on_ranks, [] {
   for (const int max_ranks_per_node : {0, 1, 2}) {
     Ranks ranks(max_ranks_per_node);

@@ -107,6 +107,13 @@ class Bucket:
         """
         self._work.wait()
 
+    def done_at_ns(self) -> int | None:
+        """When the sums were there, by the clock of time.perf_counter_ns(), after `finish`. Local.
+
+        None where the process group does not tell.
+        """
+        return self._work.done_at_ns() if hasattr(self._work, "done_at_ns") else None
+
     def found_nonfinite(self) -> bool:
         """Whether a sum is infinite or NaN, after `finish`; the same on every rank. Local."""
         return self._work.found_nonfinite() if self._is_checked_by_group else not is_finite(self._buffer)

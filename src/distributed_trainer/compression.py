@@ -182,6 +182,10 @@ class LowRankBucket:
                 _draw(q, index)  # Else the next P would be 0, whatever the gradient.
         self._own_q = []
 
+    def done_at_ns(self) -> int | None:
+        """As of `Bucket`: when both sums were there. Local."""
+        return self._q.done_at_ns()
+
     def found_nonfinite(self) -> bool:
         """Whether a sum is infinite or NaN, after `finish`; the same on every rank. Local."""
         return self._found_nonfinite

@@ -23,7 +23,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from .buckets import Bucket, is_finite
 from .compression import LowRankBucket, PowerSGD, is_compressed
 from .compression import make_bucket as compression_bucket
 from .errors import DistributedTrainerError, MismatchError
+
+if TYPE_CHECKING:
+    from .profile import Recorder
 
 # Large enough that a call costs little against its transfer, small enough that most are on their way before the end.
 BUCKET_BYTES = 4 << 20
@@ -67,6 +70,7 @@ class GradientSum:
 
     Attributes:
         found_nonfinite: Whether a gradient of the last step is infinite or NaN. The same on every rank.
+        recorder: Is told of each bucket's life, unless it is None.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class GradientSum:
         self._settings = {"compression": compression, "nonfinite_gradients": nonfinite_gradients}
         self._check_finite = nonfinite_gradients != "ignore"
         self.found_nonfinite = False
+        self.recorder: Recorder | None = None
         self._compression = compression
         self._states = [_State(name, parameter) for name, parameter in parameters]
         self._index = {id(state.parameter): index for index, state in enumerate(self._states)}
@@ -177,7 +182,9 @@ class GradientSum:
                     view.zero_()
                 elif state.parameter.grad is not view:  # of the first step
                     self._take(state, view)
-            bucket.start()
+            self._send(number)
+        if self.recorder is not None:
+            self.recorder.wait_began()
         for bucket in self._buckets:
             bucket.proceed()
         own = [state.has_gradient for state in self._states]
@@ -188,6 +195,8 @@ class GradientSum:
         unused = {index for index, users in enumerate(num_users) if not users}
         for bucket in self._buckets:
             bucket.finish(unused)
+        if self.recorder is not None:
+            self.recorder.wait_ended([bucket.done_at_ns() for bucket in self._buckets])
         if self._check_finite:
             self.found_nonfinite = num_parts > 0 or any(bucket.found_nonfinite() for bucket in self._buckets)
             if self.found_nonfinite:
@@ -281,12 +290,22 @@ class GradientSum:
         if not self._is_last:
             return
         self._arrivals.append(index)
+        if self.recorder is not None:
+            self.recorder.gradient_ready(state.name)
         if not self._buckets:
             return
         self._buckets[state.bucket].num_missing -= 1
         while self._num_started < len(self._buckets) and not self._buckets[self._num_started].num_missing:
-            self._buckets[self._num_started].start()
+            self._send(self._num_started)
             self._num_started += 1
+
+    def _send(self, number: int) -> None:
+        """Begins the reduction of a bucket. Collective; returns at once."""
+        bucket = self._buckets[number]
+        if self.recorder is not None:
+            names = [self._states[index].name for index in bucket.indices]
+            self.recorder.bucket_started(number, names, sum(view.nbytes for view in bucket.views))
+        bucket.start()
 
     def _take(self, state: _State, view: Tensor) -> None:
         gradient = state.parameter.grad

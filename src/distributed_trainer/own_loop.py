@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import struct
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +50,7 @@ class OwnLoop:
         self._check_open()
         self._check_own_loop()
         self._has_run_forward = True
-        with self._replica.around_step(), self._replica.around_piece():
+        with self._noted("forward"), self._replica.around_step(), self._replica.around_piece():
             yield
 
     def backward(self, loss: Tensor, weight: float | None) -> Tensor:
@@ -94,7 +95,8 @@ class OwnLoop:
             )
         is_sum, is_ghost = weight is None, weight == 0
         header = _HEADER.pack(math.nan if is_sum else weight, loss.item())
-        headers = [_HEADER.unpack(row) for row in gather_bytes(self._group, header)]
+        with self._noted("agreement"):
+            headers = [_HEADER.unpack(row) for row in gather_bytes(self._group, header)]
         if len({math.isnan(other) for other, _ in headers}) > 1:
             raise MismatchError("some ranks pass weight=None to backward, others a number. Pass the same kind on all.")
         total = 1.0 if is_sum else sum(other for other, _ in headers)
@@ -106,13 +108,16 @@ class OwnLoop:
             replica.start(keep=True)
         self._is_accumulating = self._holds_back
         with (
+            self._noted("backward"),
             replica.around_backward(is_ghost),
             replica.gradients.backward(leave_out=is_ghost, is_last=not self._holds_back),
         ):
             (loss if is_ghost or shares[self.rank] == 1 else loss * shares[self.rank]).backward()
         self._has_run_forward = False
         if not self._holds_back:
-            replica.finish([], None, source=next(rank for rank, share in enumerate(shares) if share))
+            source = next(rank for rank, share in enumerate(shares) if share)
+            with self._noted("exchange"):
+                replica.finish([], None, source)
         value = sum(share * other for share, (_, other) in zip(shares, headers, strict=True) if share)
         return torch.tensor(value, dtype=loss.dtype, device=loss.device)
 
@@ -160,9 +165,19 @@ class OwnLoop:
             raise ValueError("the last backward was inside no_sync(), so no rank has the sums. Call it outside first.")
         if closure is not None and (clip_norm is not None or self._options.shard_optimizer):
             raise ValueError("a closure does not go with clip_norm or shard_optimizer: clip inside of the closure")
-        has_changed = self._replica.update(optimizer, clip_norm, closure)
+        with self._noted("optimizer"):
+            has_changed = self._replica.update(optimizer, clip_norm, closure)
         self._advice.note_optimizer(optimizer, self._replica.parameter_ids(optimizer))
         return self.gradient_norm if has_changed and clip_norm is not None else None
+
+    @contextlib.contextmanager
+    def _noted(self, phase: str) -> Iterator[None]:
+        """Around a phase, for `profile`. Local."""
+        began = time.perf_counter()
+        yield
+        recorder = self._replica.gradients.recorder
+        if recorder is not None:
+            recorder.note(phase, began, time.perf_counter())
 
     def _check_own_loop(self) -> None:
         if self._options.reproducible is not None:

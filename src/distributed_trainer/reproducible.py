@@ -132,7 +132,10 @@ class ShardSum:
 
     Attributes:
         found_nonfinite: Whether a gradient of the last step is infinite or NaN. The same on every rank.
+        recorder: As of `GradientSum`; there are no buckets to tell of.
     """
+
+    recorder: Any = None
 
     def __init__(
         self, parameters: Iterable[tuple[str, nn.Parameter]], process_group: Any, num_shards: int, check_finite: bool

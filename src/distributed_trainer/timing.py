@@ -11,11 +11,14 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .backend import gather_objects
+
+if TYPE_CHECKING:
+    from .profile import Recorder
 
 PHASES = ("data", "agreement", "forward", "backward", "exchange", "optimizer")
 AGREEMENT, FORWARD, BACKWARD, EXCHANGE, OPTIMIZER = range(1, len(PHASES))
@@ -24,19 +27,28 @@ _NUM_KEPT_STEPS = 1000
 
 
 class StepClock:
-    """The last steps of this rank: seconds of each phase, and samples."""
+    """The last steps of this rank: seconds of each phase, and samples.
+
+    Attributes:
+        recorder: Is told when they begin and end, unless it is None.
+    """
 
     def __init__(self) -> None:
         self.num_steps = 0
+        self.recorder: Recorder | None = None
         self._rows: deque[list[float]] = deque(maxlen=_NUM_KEPT_STEPS)
         self._row: list[float] = []
         self._since: float | None = None
+        self._began = 0.0
 
     def start(self, num_samples: float) -> None:
         """Begins a step, of this rank's share of the samples. The time since the last one was spent on data. Local."""
         now = time.perf_counter()
         self._row = [0.0] * len(PHASES) + [float(num_samples)]
-        self._row[0] = 0.0 if self._since is None else now - self._since
+        self._began = now if self._since is None else self._since
+        self._row[0] = now - self._began
+        if self.recorder is not None:
+            self.recorder.note(PHASES[0], self._began, now)
         self._since = now
 
     def skip(self) -> None:
@@ -47,6 +59,8 @@ class StepClock:
         """Ends a phase, by its number in PHASES, at whose end the next begins. Local."""
         now = time.perf_counter()
         self._row[phase] += now - self._since
+        if self.recorder is not None:
+            self.recorder.note(PHASES[phase], self._since, now)
         self._since = now
 
     def end(self) -> tuple[float, float]:
@@ -57,6 +71,8 @@ class StepClock:
         """
         self._rows.append(self._row)
         self.num_steps += 1
+        if self.recorder is not None:
+            self.recorder.note(f"step {self.num_steps}", self._began, self._since)
         waited = self._row[AGREEMENT] + self._row[EXCHANGE]
         return sum(self._row[: len(PHASES)]) - waited, waited
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import os
 import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,6 +34,7 @@ from .loader import PartLoader
 from .memory import FittingPieces, PiecesTooLarge
 from .options import TrainerOptions
 from .own_loop import OwnLoop
+from .profile import profile
 from .replica import Replica, ReproducibleReplica
 from .reporting import Reporter, check_writer
 from .reproducible import shard_part
@@ -333,6 +335,26 @@ class DistributedTrainer(OwnLoop):
         """
         self._check_open()
         return summarise(self._clock, self._counters(), self._group)
+
+    def profile(self, path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
+        """Writes a timeline of the steps in a `with` block, of all ranks, to one file. Collective at both ends, blocks.
+
+            with trainer.profile("trace.json"):
+                for inputs, targets in itertools.islice(loader, 10):
+                    trainer.train_step(inputs, targets, criterion, optimizer)
+
+        https://ui.perfetto.dev opens it (docs/training.md says what it shows). Works in loops of your own too. If the
+        block raises, no file is written.
+
+        Args:
+            path: Of the file, which rank 0 writes.
+
+        Raises:
+            OSError: Rank 0 cannot write the file. The same on every rank, before the block if that is known by then.
+            ValueError: Inside of another `profile`, or there was no step in the block.
+        """
+        self._check_open()
+        return profile(path, self._group, (self._clock, self._replica.gradients))
 
     def close(self) -> None:
         """Lets go of the model: its gradients are no longer summed. Local; MPI goes on until the process ends.

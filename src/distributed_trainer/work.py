@@ -117,6 +117,11 @@ class Work(dist.Work):
         self.wait()
         return self._operations[0].found_nonfinite()
 
+    def done_at_ns(self) -> int:
+        """When the engine was done, by the clock of time.perf_counter_ns(). Waits."""
+        self.wait()
+        return max(operation.done_at_ns for operation in self._operations)
+
     def get_future(self) -> torch.futures.Future:
         """A future of the caller's tensors, completed by a thread of its own. Local; blocks if called in that thread.
 
