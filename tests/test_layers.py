@@ -18,7 +18,8 @@ __init__
 create
 trainer
 own_loop
-share advice evaluate loader profile replica reporting timing
+agreement
+balance share advice evaluate loader memory profile replica reporting timing
 clocks criterion reproducible
 data batchnorm direct alignment sharding
 gradients

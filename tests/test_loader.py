@@ -20,7 +20,7 @@ from distributed_trainer.loader import PartLoader
 
 
 def part_of(rank, world_size):
-    return functools.partial(part_bounds, rank=rank, world_size=world_size)
+    return lambda: functools.partial(part_bounds, rank=rank, world_size=world_size)
 
 
 class Squares(Dataset):
@@ -163,7 +163,7 @@ def test_wrong_arguments():
         ({"batch_sampler": [[0]]}, "batch_sampler does not go with"),
     ]:
         with pytest.raises(ValueError, match=text):
-            PartLoader(Squares(10), **{"batch_size": 5, "part_of": part_of(0, 1), "seed": 7, **options})
+            PartLoader(Squares(10), **{"batch_size": 5, "split": part_of(0, 1), "seed": 7, **options})
     with pytest.raises(ValueError, match="shuffle=True needs a dataset with an index"):
         PartLoader(Stream(10), 5, part_of(0, 1), 7, shuffle=True)
     with pytest.raises(ValueError, match="num_workers=1"):

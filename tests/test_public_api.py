@@ -17,7 +17,19 @@ NAMES = [
     "create_distributed_trainer",
 ]
 MEMBERS = [
-    *("backward", "batches", "close", "evaluate", "forward", "gradient_norm", "loader", "log", "log_to", "no_sync"),
+    *(
+        "backward",
+        "batches",
+        "close",
+        "epochs",
+        "evaluate",
+        "forward",
+        "gradient_norm",
+        "loader",
+        "log",
+        "log_to",
+        "no_sync",
+    ),
     *("num_skipped_steps", "profile", "progress", "split", "step", "summary", "train_step"),
 ]
 ATTRIBUTES = ["device", "local_rank", "model", "rank", "world_size"]
@@ -50,6 +62,7 @@ def test_signatures():
         ("wire_dtype", None, True),
         ("nonfinite_gradients", "ignore", True),
         ("reproducible", None, True),
+        ("balance", None, True),
     ]
     step = inspect.signature(DistributedTrainer.train_step).parameters
     assert list(step) == [

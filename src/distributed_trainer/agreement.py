@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from .backend import gather_bytes, gather_objects
+from .balance import Balance
 from .criterion import Weighted, local_weight
 from .data import compare_fingerprints, fingerprint, part_bounds
 from .errors import MismatchError
@@ -25,6 +26,7 @@ class Agreement:
 
     Attributes:
         takes_whole_batches: Every rank passes the same batch; else each its own samples.
+        balance: How whole batches are split over the ranks.
         is_out_of_data: What this rank passes stands in for samples that it has not, and counts for nothing.
     """
 
@@ -33,6 +35,7 @@ class Agreement:
         self._num_shards = options.reproducible
         self.takes_whole_batches = options.split_batches
         self.is_out_of_data = False
+        self.balance = Balance(group, is_on=options.balance == "speed")
 
     def share(
         self, inputs: Any, targets: Any, criterion: Callable[..., Any], num_samples: int, microbatches: int
@@ -43,8 +46,7 @@ class Agreement:
         if self._num_shards is not None:
             share = self._reproducible_share(inputs, targets, criterion, num_samples)
         elif self.takes_whole_batches:
-            ranks = (self._rank, self._size)
-            share = share_of_batch(inputs, targets, criterion, num_samples, ranks, microbatches)
+            share = share_of_batch(inputs, targets, criterion, num_samples, self.balance.split, microbatches)
             self.check_same({"inputs": inputs, "targets": targets})
         else:
             if self.is_out_of_data:

@@ -22,6 +22,7 @@ without a broadcast. A rank that has no samples (a *ghost*: it runs a stand-in) 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,6 +69,11 @@ class GlobalBatchNorm:
     def __len__(self) -> int:
         """Return the number of BatchNorm modules found."""
         return len(self._modules)
+
+    @property
+    def waited_seconds(self) -> float:
+        """What all calls so far have spent where ranks meet."""
+        return self._mode.gather.seconds
 
     @contextmanager
     def active(self, ghost: bool = False, completes: bool = False) -> Iterator[None]:
@@ -126,6 +132,7 @@ class _Gather:
     def __init__(self, process_group: Any) -> None:
         self._group = process_group
         self._num_made = self._num_skipped = 0
+        self.seconds = 0.0  # in calls, so far
 
     def start(self, completes: bool) -> None:
         """Begins a sequence, or runs the last one again without the calls that this rank has made. Local."""
@@ -138,7 +145,9 @@ class _Gather:
             gathered = local.repeat(self._group.size(), 1)  # nobody reads what comes of it
         else:
             gathered = local.new_empty(self._group.size() * local.size(0), local.size(1))
+            start = time.perf_counter()
             self._group._allgather_base(gathered, local).wait()
+            self.seconds += time.perf_counter() - start
         self._num_made += 1
         return gathered.view(self._group.size(), *local.shape)
 

@@ -30,6 +30,7 @@ def create_distributed_trainer(
     wire_dtype: str | None = None,
     nonfinite_gradients: str = "ignore",
     reproducible: int | None = None,
+    balance: str | None = None,
 ) -> DistributedTrainer:
     """Makes a trainer for `model`. Collective: every rank calls it, with the same model; blocks.
 
@@ -68,6 +69,8 @@ def create_distributed_trainer(
             any number of ranks up to it (docs/reproducible.md). Each batch is cut into that many shards, each with its
             own random stream and BatchNorm statistics, and they are summed in one order. Sets the number of threads
             to OMP_NUM_THREADS, else to 1. Costs time; for `train_step` only.
+        balance: "speed" splits batches in proportion to how fast the ranks compute, which `train_step` watches; the
+            mean stays exact. A part of `trainer.loader` changes with the epoch only. None splits them evenly.
 
     Raises:
         TypeError, ValueError: An argument is not what is described here.
@@ -78,7 +81,8 @@ def create_distributed_trainer(
             on every rank.
     """
     options = TrainerOptions(
-        split_batches, sync_batchnorm, compression, shard_optimizer, wire_dtype, nonfinite_gradients, reproducible
+        *(split_batches, sync_batchnorm, compression, shard_optimizer, wire_dtype, nonfinite_gradients),
+        *(reproducible, balance),
     )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")

@@ -13,9 +13,11 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import itertools
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -98,6 +100,37 @@ def part_bounds(num_samples: int, rank: int, world_size: int) -> tuple[int, int]
     share, num_longer = divmod(num_samples, world_size)
     start = rank * share + min(rank, num_longer)
     return start, start + share + (rank < num_longer)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a batch is split over the ranks, in contiguous parts in their order. Called, it gives this rank's."""
+
+    rank: int
+    num_ranks: int
+    shares: tuple[float, ...] | None = None
+    """Of each rank, with sum 1; None for parts that differ by at most one sample."""
+
+    def __call__(self, num_samples: int) -> tuple[int, int]:
+        """Return where this rank's part starts and stops."""
+        if self.shares is None:
+            return part_bounds(num_samples, self.rank, self.num_ranks)
+        lengths = self.lengths(num_samples)
+        start = sum(lengths[: self.rank])
+        return start, start + lengths[self.rank]
+
+    def lengths(self, num_samples: int) -> list[int]:
+        """Return the number of samples of each rank; at least one, if there are enough."""
+        if self.shares is None:
+            bounds = [part_bounds(num_samples, rank, self.num_ranks) for rank in range(self.num_ranks)]
+            return [stop - start for start, stop in bounds]
+        edges = [0, *(round(num_samples * total) for total in itertools.accumulate(self.shares[:-1])), num_samples]
+        lengths = [stop - start for start, stop in itertools.pairwise(edges)]
+        for rank in range(self.num_ranks):
+            if lengths[rank] == 0 and max(lengths) > 1:
+                lengths[lengths.index(max(lengths))] -= 1
+                lengths[rank] = 1
+        return lengths
 
 
 def slice_batch(batch: Any, start: int, stop: int) -> Any:

@@ -40,7 +40,7 @@ class PartLoader:
         self,
         dataset: Dataset[Any],
         batch_size: int,
-        part_of: PartOf,
+        split: Callable[[], PartOf],
         seed: int,
         *,
         shuffle: bool = False,
@@ -59,6 +59,7 @@ class PartLoader:
         self.num_read = 0
         self.resumes = False
         self._seed = seed
+        self._split = split  # asked as each epoch begins, since batches are read ahead of their steps
         self._batch_size, self._drop_last = batch_size, drop_last
         self._plan: _IndexedBatches | _IterableBatches
         if isinstance(dataset, IterableDataset):
@@ -68,11 +69,11 @@ class PartLoader:
                 raise ValueError("of an iterable dataset one worker can read, anew for each epoch: num_workers=1")
             self._length = len(dataset) if hasattr(dataset, "__len__") else None
             collate = options.pop("collate_fn", None) or default_collate
-            self._plan = _IterableBatches(dataset, batch_size, drop_last, part_of, collate)
+            self._plan = _IterableBatches(dataset, batch_size, drop_last, split(), collate)
             self._loader = DataLoader(self._plan, batch_size=None, collate_fn=_as_it_is, **options)
         else:
             self._length = len(dataset)  # type: ignore[arg-type]
-            self._plan = _IndexedBatches(self._length, batch_size, len(self), part_of, shuffle)
+            self._plan = _IndexedBatches(self._length, batch_size, len(self), split(), shuffle)
             self._loader = DataLoader(_Seeded(dataset), batch_sampler=self._plan, **options)
 
     def __len__(self) -> int:
@@ -91,6 +92,7 @@ class PartLoader:
             self.epoch, self.num_read = self.epoch + 1, 0
         self.resumes = False
         self._plan.seed, self._plan.epoch, self._plan.first = self._seed, self.epoch, self.num_read
+        self._plan.part_of = self._split()
         for batch in self._loader:
             if isinstance(self._plan, _IterableBatches):
                 part, is_empty = batch
@@ -116,7 +118,7 @@ class _IndexedBatches:
     def __init__(self, num_samples: int, batch_size: int, num_batches: int, part_of: PartOf, shuffle: bool) -> None:
         self.seed = self.epoch = self.first = 0
         self._num_samples, self._batch_size, self._num_batches = num_samples, batch_size, num_batches
-        self._part_of, self._shuffle = part_of, shuffle
+        self.part_of, self._shuffle = part_of, shuffle
 
     def __len__(self) -> int:
         return self._num_batches - self.first
@@ -128,14 +130,14 @@ class _IndexedBatches:
             order = torch.randperm(self._num_samples, generator=generator).tolist()
         for number in range(self.first, self._num_batches):
             batch = order[number * self._batch_size : (number + 1) * self._batch_size]
-            start, stop = self._part_of(len(batch))
+            start, stop = self.part_of(len(batch))
             own = batch[start:stop] or batch[:1]  # of which the shapes are taken
             yield [(self.seed, self.epoch, index) for index in own]
 
     def is_empty(self, number: int) -> bool:
         """Whether this rank has no samples of batch `number`."""
         num_samples = min(self._batch_size, self._num_samples - number * self._batch_size)
-        start, stop = self._part_of(num_samples)
+        start, stop = self.part_of(num_samples)
         return start == stop
 
 
@@ -167,7 +169,7 @@ class _IterableBatches(IterableDataset[Any]):
     ) -> None:
         self.seed = self.epoch = self.first = 0
         self._dataset, self._batch_size, self._drop_last = dataset, batch_size, drop_last
-        self._part_of, self._collate = part_of, collate
+        self.part_of, self._collate = part_of, collate
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
         samples = iter(self._dataset)
@@ -176,7 +178,7 @@ class _IterableBatches(IterableDataset[Any]):
         while batch := list(itertools.islice(samples, self._batch_size)):
             if self._drop_last and len(batch) < self._batch_size:
                 return
-            start, stop = self._part_of(len(batch))
+            start, stop = self.part_of(len(batch))
             yield self._collate(batch[start:stop] or batch[:1]), start == stop
 
 

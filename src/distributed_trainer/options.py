@@ -26,6 +26,7 @@ class TrainerOptions:
     wire_dtype: str | None
     nonfinite_gradients: str
     reproducible: int | None
+    balance: str | None
 
     def __post_init__(self) -> None:
         if self.wire_dtype not in (None, *_WIRE_DTYPES):
@@ -44,9 +45,16 @@ class TrainerOptions:
                     "reproducible= needs batches that do not depend on the number of ranks: pass whole batches, or "
                     "use trainer.loader, without split_batches=False"
                 )
-            for name in ("compression", "wire_dtype", "shard_optimizer"):
+            for name in ("compression", "wire_dtype", "shard_optimizer", "balance"):
                 if getattr(self, name):
                     raise ValueError(f"pass {name} or reproducible, not both: shards are summed in their own way")
+        if self.balance not in (None, "speed"):
+            raise ValueError(f'balance must be "speed" or None, not {self.balance!r}')
+        if self.balance is not None and not self.split_batches:
+            raise ValueError(
+                "balance= chooses how batches are split, but with split_batches=False each rank brings its own part: "
+                "pass whole batches or use trainer.loader, without split_batches=False"
+            )
         if self.nonfinite_gradients not in _NONFINITE_POLICIES:
             policies = ", ".join(_NONFINITE_POLICIES)
             raise ValueError(f"nonfinite_gradients must be one of {policies}, not {self.nonfinite_gradients!r}")

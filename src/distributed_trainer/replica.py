@@ -78,6 +78,11 @@ class Replica:
         """Whether the model has BatchNorm modules that take the statistics of all ranks."""
         return bool(self._batchnorm)
 
+    @property
+    def waited_seconds(self) -> float:
+        """Spent in forward and backward where ranks meet, so far."""
+        return self._batchnorm.waited_seconds if self._batchnorm else 0.0
+
     def start(self, keep: bool = False) -> None:
         """Begins a step. Local; `keep` as of `GradientSum.start`."""
         self.gradients.start(keep)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .criterion import Weighted, local_weight, split_criterion
-from .data import batch_size, map_tensors, part_bounds, slice_batch, zero_sample
+from .data import Split, batch_size, map_tensors, part_bounds, slice_batch, zero_sample
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Share:
     """First rank that has samples: its buffers become everybody's."""
     longest: int
     """Number of samples of the longest piece on any rank."""
+    num_samples: int
+    """Of this rank."""
 
 
 def share_of_batch(
@@ -49,7 +51,7 @@ def share_of_batch(
     targets: Any,
     criterion: Callable[..., Any],
     num_samples: int,
-    ranks: tuple[int, int],
+    split: Split,
     microbatches: int,
 ) -> Share:
     """The share in a batch that every rank has.
@@ -59,17 +61,18 @@ def share_of_batch(
         targets: Likewise.
         criterion: Likewise; what depends on the sample is cut with it.
         num_samples: Of the batch, at least 1.
-        ranks: This rank, and their number.
+        split: Over the ranks; the same on every rank but for its own number.
         microbatches: How many; no more than there are samples are made.
     """
-    pieces = []
+    pieces, num_own = [], 0
     num_pieces = min(microbatches, num_samples)
     for number in range(num_pieces):
         first, last = part_bounds(num_samples, number, num_pieces)
-        start, stop = part_bounds(last - first, *ranks)
+        start, stop = split(last - first)
         pieces.append(_piece(inputs, targets, criterion, first + start, first + stop, stand_in=first))
-    longest = -(-num_samples // num_pieces)
-    return Share(pieces, local_weight(criterion, targets, num_samples), 0, longest=-(-longest // ranks[1]))
+        num_own += stop - start
+    longest = max(split.lengths(-(-num_samples // num_pieces)))
+    return Share(pieces, local_weight(criterion, targets, num_samples), 0, longest, num_own)
 
 
 def share_of_part(
@@ -100,7 +103,8 @@ def share_of_part(
         start, stop = part_bounds(num_samples, number, num_pieces)
         pieces.append(_piece(inputs, targets, criterion, start, stop, stand_in=0))
     source = next(rank for rank, (samples, _) in enumerate(headers) if samples)
-    return Share(pieces, sum(weight for _, weight in headers), source, longest=-(-longest_part // num_pieces))
+    total = sum(weight for _, weight in headers)
+    return Share(pieces, total, source, -(-longest_part // num_pieces), num_samples)
 
 
 def share_of_shards(
@@ -119,7 +123,8 @@ def share_of_shards(
     # In memory of their own, since products may be rounded by where their factors begin.
     copies = [map_tensors(torch.clone, (piece.inputs, piece.targets)) for piece in pieces]
     pieces = [replace(piece, inputs=x, targets=y) for piece, (x, y) in zip(pieces, copies, strict=True)]
-    return Share(pieces, total, 0, longest=max(stop - start for start, stop in shards))
+    lengths = [stop - start for start, stop in shards]
+    return Share(pieces, total, 0, max(lengths), sum(lengths))
 
 
 def stand_in(piece: Piece) -> Piece:

@@ -63,6 +63,10 @@ class StepClock:
             self.recorder.note(PHASES[phase], self._since, now)
         self._since = now
 
+    def computed(self) -> float:
+        """Seconds of forward and backward in this step so far. Local."""
+        return self._row[FORWARD] + self._row[BACKWARD]
+
     def end(self) -> tuple[float, float]:
         """Ends the step. Local.
 

@@ -25,7 +25,6 @@ from .data import (
     batch_size,
     call_model,
     map_tensors,
-    part_bounds,
     slice_batch,
     to_device,
 )
@@ -172,10 +171,10 @@ class DistributedTrainer(OwnLoop):
     def split(self, batch: Any) -> Any:
         """This rank's part of a batch that every rank has: views of its tensors, of any nesting. Local.
 
-        Parts are contiguous, in rank order, and differ by at most one sample; with fewer samples than ranks some are
-        empty.
+        Parts are contiguous, in rank order, and differ by at most one sample (but with `balance`); with fewer samples
+        than ranks some are empty.
         """
-        return slice_batch(batch, *part_bounds(batch_size({"batch": batch}), self.rank, self.world_size))
+        return slice_batch(batch, *self._agreement.balance.split(batch_size({"batch": batch})))
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
         """Iterates over this rank's own loader until every rank's is at its end. Each step is collective.
@@ -232,11 +231,10 @@ class DistributedTrainer(OwnLoop):
                 "first step, or pass whole batches only."
             )
         seed = gather_objects(self._group, random.getrandbits(48))[0]
-        ranks = {"rank": self.rank, "world_size": self.world_size}
-        part_of = functools.partial(part_bounds, **ranks)
-        if self._options.reproducible is not None:
-            part_of = functools.partial(shard_part, num_shards=self._options.reproducible, **ranks)
-        loader = PartLoader(dataset, batch_size, part_of, seed, shuffle=shuffle, drop_last=drop_last, **options)
+        balance, num_shards = self._agreement.balance, self._options.reproducible
+        shards = functools.partial(shard_part, num_shards=num_shards, rank=self.rank, world_size=self.world_size)
+        split = (lambda: balance.split) if num_shards is None else (lambda: shards)
+        loader = PartLoader(dataset, batch_size, split, seed, shuffle=shuffle, drop_last=drop_last, **options)
         self._agreement.takes_whole_batches = False
         self._loaders.add(loader)
         return loader
@@ -393,6 +391,7 @@ class DistributedTrainer(OwnLoop):
         share = self._agreement.share(inputs, targets, criterion, num_samples, microbatches)
         self._clock.mark(AGREEMENT)
         self._replica.start()
+        began = self._clock.computed() - self._replica.waited_seconds
         loss, values = None, []
         with self._replica.around_step():
             for number, piece in enumerate(share.pieces):
@@ -404,6 +403,8 @@ class DistributedTrainer(OwnLoop):
         values = [[float(value) for value in terms] for terms in values]
         result = self._replica.finish(values, loss, share.source)
         self._clock.mark(EXCHANGE)
+        seconds = self._clock.computed() - self._replica.waited_seconds - began
+        self._agreement.balance.note(seconds, share.num_samples)
         return result
 
     def _run(self, piece: Piece, total: float, is_last: bool) -> tuple[Any, list[Any]]:
@@ -434,6 +435,8 @@ class DistributedTrainer(OwnLoop):
             self._clock.mark(FORWARD)
             with self._replica.gradients.backward(leave_out=piece.is_ghost, is_last=is_last):
                 functools.reduce(operator.add, terms).backward()
+            if self._options.balance is not None and self.device.type != "cpu":
+                torch.accelerator.synchronize()  # else the time would be that of the host
             self._clock.mark(BACKWARD)
         return loss, [0.0 if piece.is_ghost else term.detach() for term in terms]
 
