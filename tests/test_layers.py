@@ -30,6 +30,7 @@ inner
 backend
 work
 store devices launch
+mpirun
 library
 errors
 """.split("\n")[1:-1]
