@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mpirun of an MPI library, and what is set for it."""
 
+import glob
 import os
 import re
 import sys
@@ -40,8 +41,7 @@ def test_environment_for_root(user, monkeypatch):
 
 @pytest.mark.parametrize("cards", ["infiniband", "cxi", None])
 def test_network_search_is_skipped_where_there_are_no_cards(cards, monkeypatch):
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self] if f"{cards}/*" == pattern else []))
-    monkeypatch.delenv("OMPI_MCA_btl", raising=False)
+    monkeypatch.setattr(glob, "glob", lambda pattern: [pattern] if f"/{cards}/" in pattern else [])
     assert mpirun.mpirun_environment(2).get("OMPI_MCA_btl") == (None if cards else "^ofi")
     mpirun.skip_network_search()
     assert os.environ.pop("OMPI_MCA_btl", None) == (None if cards else "^ofi")
@@ -49,6 +49,17 @@ def test_network_search_is_skipped_where_there_are_no_cards(cards, monkeypatch):
     mpirun.skip_network_search()
     assert os.environ["OMPI_MCA_btl"] == "self,sm"
     assert "OMPI_MCA_btl" not in mpirun.mpirun_environment(2)
+
+
+def test_environment_for_hosts(monkeypatch):
+    """Their slots hold."""
+    settings = mpirun.mpirun_environment_for_hosts(is_crowded=True, has_cards=False)
+    assert not any("oversubscribe" in name + value for name, value in settings.items())
+    assert settings["PRTE_MCA_hwloc_default_binding_policy"] == "none"
+    assert settings["OMPI_MCA_mpi_yield_when_idle"] == "1"
+    assert settings["OMPI_MCA_btl"] == "^ofi"
+    settings = mpirun.mpirun_environment_for_hosts(is_crowded=False, has_cards=True)
+    assert not settings.keys() & {"OMPI_MCA_mpi_yield_when_idle", "OMPI_MCA_btl"}
 
 
 def fake_mpirun(path, answer):

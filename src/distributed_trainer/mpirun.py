@@ -10,41 +10,64 @@ import sys
 from pathlib import Path
 
 from .errors import MPINotFoundError
+from .host_facts import has_network_cards
 from .library import MPILibrary
+
+# As two PRTE_MCA_ and OMPI_MCA_ twins each: Open MPI 5 reads the first, Open MPI 4 the second.
+_OVERSUBSCRIBE = {  # more ranks than cores would be refused
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+}
+_FILL_HOSTS = {  # ranks of a host have successive numbers
+    "PRTE_MCA_rmaps_default_mapping_policy": "slot",
+    "OMPI_MCA_rmaps_base_mapping_policy": "slot",
+}
+_NO_BINDING = {  # two ranks would get one core each, however many there are
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+}
 
 
 def mpirun_environment(num_ranks: int) -> dict[str, str]:
     """Variables for an mpirun that starts all its ranks on this machine, less those that are set already.
 
-    They are what users have to know otherwise. Open MPI 5 reads the PRTE_MCA_ ones, Open MPI 4 their
-    OMPI_MCA_ twins; MPICH needs none and reads none.
+    They are what users have to know otherwise. MPICH needs none and reads none.
     """
-    settings = {
-        # More ranks than cores would be refused.
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        # Two ranks would get one core each, however many there are.
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
-        "OMPI_MCA_hwloc_base_binding_policy": "none",
-    }
-    if os.geteuid() == 0:  # as in most containers; mpirun would refuse
-        settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    settings |= _network_environment()
-    if num_ranks > len(os.sched_getaffinity(0)):
-        settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
-    return {name: value for name, value in settings.items() if name not in os.environ}
+    is_crowded = num_ranks > len(os.sched_getaffinity(0))
+    return _without_set(_OVERSUBSCRIBE | _settings(is_crowded, has_network_cards()))
+
+
+def mpirun_environment_for_hosts(is_crowded: bool, has_cards: bool) -> dict[str, str]:
+    """The same for several machines, where a hostfile or a scheduler says how many ranks each takes.
+
+    Args:
+        is_crowded: A machine gets more ranks than it has cores.
+        has_cards: A machine may have network cards of the kind that `has_network_cards` looks for.
+    """
+    return _without_set(_FILL_HOSTS | _settings(is_crowded, has_cards))
 
 
 def skip_network_search() -> None:
     """Spares Open MPI, before MPI_Init, the search for network cards that this machine has not."""
-    for name, value in _network_environment().items():
-        os.environ.setdefault(name, value)
+    os.environ.update(_without_set(_network_settings(has_network_cards())))
 
 
-def _network_environment() -> dict[str, str]:
-    if any(Path("/sys/class").glob("infiniband/*")) or any(Path("/sys/class").glob("cxi/*")):
-        return {}
-    return {"OMPI_MCA_btl": "^ofi"}  # looking for such cards, this part of Open MPI 5 sleeps 1 s
+def _settings(is_crowded: bool, has_cards: bool) -> dict[str, str]:
+    settings = _NO_BINDING | _network_settings(has_cards)
+    if os.geteuid() == 0:  # as in most containers; mpirun would refuse
+        settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    if is_crowded:
+        settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
+    return settings
+
+
+def _network_settings(has_cards: bool) -> dict[str, str]:
+    # Looking for cards, this part of Open MPI 5 sleeps 1 s.
+    return {} if has_cards else {"OMPI_MCA_btl": "^ofi"}
+
+
+def _without_set(settings: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in settings.items() if name not in os.environ}
 
 
 def find_mpirun(mpi: MPILibrary) -> str:
