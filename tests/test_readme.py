@@ -36,14 +36,17 @@ def run_script(tmp_path, code, command):
     (tmp_path / "train.py").write_text(BEFORE + code + AFTER)
     (tmp_path / "hosts.txt").write_text("localhost slots=4\n" if "slots" in command else "localhost\n")
     words = shlex.split(command)
-    words[:1] = [mpirun_path()] if words[0] == "mpirun" else [sys.executable]
+    if words[0] == "distributed-trainer":
+        words[:1] = [sys.executable, "-m", "distributed_trainer"]
+    else:
+        words[:1] = [mpirun_path()] if words[0] == "mpirun" else [sys.executable]
     words = [sys.executable if word == "python" else word for word in words]
     return subprocess.run(
         words, cwd=tmp_path, env=job_environment(JobSpec(4)), capture_output=True, text=True, timeout=100
     )
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command.endswith("python train.py")] or [None])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.endswith(" train.py")] or [None])
 def test_example(tmp_path, command):
     """Each way to start the example trains; every rank prints the same losses."""
     assert command, "the README names no way to start the script"
@@ -84,7 +87,7 @@ def test_commands_exist():
     """Targets of make, extras of the package, scripts."""
     targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
     project = (ROOT / "pyproject.toml").read_text()
-    known = ("make ", "pip install", "python setup.py", "python train.py", "mpirun ")
+    known = ("make ", "pip install", "python setup.py", "python train.py", "mpirun ", "distributed-trainer run")
     for command in COMMANDS:
         assert command.startswith(known), f"{command!r}: say here how to test it"
         if command.startswith("make "):

@@ -14,10 +14,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import LaunchError
+from .host_facts import core_of
 
 if TYPE_CHECKING:
     import torch
@@ -130,21 +130,12 @@ class Threads:
     """For rank 0 to print: cores that the launcher keeps the ranks from using."""
 
 
-def _core_of(cpu: int) -> int:
-    """The physical core that a CPU number of Linux belongs to, named by the first of its hyperthreads."""
-    try:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
-    except OSError:
-        return cpu
-    return int(siblings.replace("-", ",").split(",")[0])
-
-
 def fit_threads(
     cpus_of_ranks: Sequence[AbstractSet[int]],
     local_rank: int,
     environ: Mapping[str, str],
     cpus_of_launcher: AbstractSet[int] = frozenset(),
-    core_of: Callable[[int], int] = _core_of,
+    core_of: Callable[[int], int] = core_of,
 ) -> Threads:
     """Fits the number of threads to the cores that a rank may use; under mpirun torch would take 1 by itself.
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._dynamo import eval_frame
 
-from . import devices, launch, library
+from . import devices, launch, library, mpirun
 from .backend import ProcessGroupShmpi, gather_objects
 from .errors import LaunchError
 from .inner import ProcessGroupShmpiWithInner
@@ -140,7 +140,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
         devices.resolve_num_gpus(num_gpus, None, torch.accelerator.device_count())
         launch.restart_under_mpirun(num_ranks, mpi)
 
-    launch.skip_network_search()
+    mpirun.skip_network_search()
     devices.keep_freed_memory(os.environ)
     engine = module.Engine(_address_of(comm), int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0")))
     world_rank, world_size = module.world_rank_and_size()

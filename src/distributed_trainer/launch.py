@@ -13,7 +13,6 @@ import os
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from typing import NoReturn
 
 from .errors import LaunchError, MPINotFoundError
 from .library import MPILibrary
+from .mpirun import find_mpirun, mpirun_environment
 
 # A restart begins where the script began, even if the script has called os.chdir since.
 _START_DIRECTORY = os.readlink("/proc/self/cwd")
@@ -213,79 +213,6 @@ def _obstacle_to_restart() -> str | None:
     if ":" in sys.orig_argv:
         return "a command line with an argument ':' (for mpirun it ends the program's arguments)"
     return None
-
-
-def mpirun_environment(num_ranks: int) -> dict[str, str]:
-    """Variables for an mpirun that starts all its ranks on this machine, less those that are set already.
-
-    They are what users have to know otherwise. Open MPI 5 reads the PRTE_MCA_ ones, Open MPI 4 their
-    OMPI_MCA_ twins; MPICH needs none and reads none.
-    """
-    settings = {
-        # More ranks than cores would be refused.
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        # Two ranks would get one core each, however many there are.
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
-        "OMPI_MCA_hwloc_base_binding_policy": "none",
-    }
-    if os.geteuid() == 0:  # as in most containers; mpirun would refuse
-        settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    settings |= _network_environment()
-    if num_ranks > len(os.sched_getaffinity(0)):
-        settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
-    return {name: value for name, value in settings.items() if name not in os.environ}
-
-
-def skip_network_search() -> None:
-    """Spares Open MPI, before MPI_Init, the search for network cards that this machine has not."""
-    for name, value in _network_environment().items():
-        os.environ.setdefault(name, value)
-
-
-def _network_environment() -> dict[str, str]:
-    if any(Path("/sys/class").glob("infiniband/*")) or any(Path("/sys/class").glob("cxi/*")):
-        return {}
-    return {"OMPI_MCA_btl": "^ofi"}  # looking for such cards, this part of Open MPI 5 sleeps 1 s
-
-
-def find_mpirun(mpi: MPILibrary) -> str:
-    """Finds the mpirun of an MPI library: beside it, in this Python environment, then on PATH.
-
-    PATH may lead to that of another MPI, which would start unconnected processes, so each is asked.
-
-    Raises:
-        MPINotFoundError: There is none.
-    """
-    names = ("mpirun", "mpirun.openmpi" if mpi.family == "openmpi" else "mpiexec.hydra")
-    # The library lies in <prefix>/lib or deeper, in Debian behind a link. (mpirun takes no prefix "/".)
-    prefixes = [*Path(mpi.path).parents[:-1], *Path(mpi.path).resolve().parents[:-1], sys.prefix]
-    others = []
-    for folder in dict.fromkeys([*(f"{prefix}/bin" for prefix in prefixes), *os.get_exec_path()]):
-        for name in names:
-            if mpirun := shutil.which(name, path=folder):
-                if _is_mpirun_of(mpi.family, mpirun):
-                    return mpirun
-                others.append(mpirun)
-    package, debian = ("openmpi", "openmpi-bin") if mpi.family == "openmpi" else ("mpich", "mpich")
-    raise MPINotFoundError(
-        f"No mpirun for {mpi} was found: not beside the library, nor in {sys.prefix}/bin, nor on PATH"
-        + (f" (of another MPI: {', '.join(others)})" if others else "")
-        + f". Install one (`pip install {package}`, on Debian `apt install {debian}`), or name the libmpi of "
-        f"another MPI in DTRAIN_LIBMPI."
-    )
-
-
-def _is_mpirun_of(family: str, mpirun: str) -> bool:
-    try:
-        version = subprocess.run(  # takes 5 ms
-            [mpirun, "--version"], stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=10
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return False  # such as a shim of a Python version manager
-    if family == "openmpi":
-        return b"open-mpi.org" in version
-    return b"HYDRA" in version or b"Intel(R) MPI" in version
 
 
 def _command_to_type(num_ranks: int | str, mpi: MPILibrary) -> str:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine is and has installed, for a comparison with others, without importing torch or starting MPI.
+
+The pre-flight sends this file's text to hosts that may have another package or Python, or none. So it imports nothing
+but the standard library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import glob
+import hashlib
+import os
+import runpy
+import sys
+from importlib import util
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+
+def host_facts(mpi_path: str, mpi_family: str, files: list[str], module: str | None) -> dict[str, Any]:
+    """Gathers the facts of this machine. Local; takes some 0.1 s.
+
+    Args:
+        mpi_path: The MPI library that the ranks are to use.
+        mpi_family: `MPILibrary.family` of it.
+        files: Paths that must be there.
+        module: A module that must be there, instead of a script.
+
+    Returns:
+        Values for JSON. What is not installed is None.
+    """
+    torch = _folder_of("torch")
+    package = _folder_of("distributed_trainer")
+    return {
+        "name": os.uname().nodename,
+        # Names with all three in common are names of one machine.
+        "machine": [
+            _read("/proc/sys/kernel/random/boot_id"),
+            *(os.readlink(f"/proc/self/ns/{n}") for n in ("uts", "net")),
+        ],
+        "missing": [file for file in files if not os.path.exists(file)]
+        + ([f"module {module}"] if module and util.find_spec(module.partition(".")[0]) is None else []),
+        "python": "{}.{}".format(*sys.version_info),
+        "torch": torch and runpy.run_path(str(torch / "version.py"))["__version__"],
+        "package": package and _fingerprint(sorted(package.glob("*.py"))),
+        "engine": package and _fingerprint(_engine_modules(package, mpi_family)),
+        "mpi": _mpi_version(mpi_path),
+        "paths": {"python": sys.executable, "torch": str(torch), "package": str(package), "mpi": mpi_path},
+        "cores": num_cores(),
+        "gpus": num_gpus(),
+        "network_cards": has_network_cards(),
+    }
+
+
+def core_of(cpu: int) -> int:
+    """The physical core that a CPU number of Linux belongs to, named by the first of its hyperthreads."""
+    siblings = _read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    return int(siblings.replace("-", ",").split(",")[0]) if siblings else cpu
+
+
+def num_cores() -> int:
+    """Physical cores that this process may use; a container's share of time counts too."""
+    cores = len({core_of(cpu) for cpu in os.sched_getaffinity(0)})
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    return min(cores, max(1, int(quota) // int(period))) if quota.isdigit() else cores
+
+
+def num_gpus() -> int:
+    """GPUs that torch would use here, by the drivers' device files: to ask torch takes seconds."""
+    torch = _folder_of("torch")
+    version = runpy.run_path(str(torch / "version.py")) if torch else {}
+    for kind, variables, files in (
+        ("cuda", ("CUDA_VISIBLE_DEVICES",), "/dev/nvidia[0-9]*"),
+        ("hip", ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"), "/dev/dri/renderD*"),
+    ):
+        if version.get(kind):  # torch was built for these
+            shown = next((os.environ[name].split(",") for name in variables if name in os.environ), glob.glob(files))
+            return len([gpu for gpu in shown if gpu.strip() not in ("", "-1")])
+    return 0
+
+
+def has_network_cards() -> bool:
+    """Whether there is a network card that MPI uses past the kernel: InfiniBand, RoCE, Slingshot."""
+    return bool(glob.glob("/sys/class/infiniband/*") or glob.glob("/sys/class/cxi/*"))
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _folder_of(package: str) -> Path | None:
+    spec = util.find_spec(package)  # of a top-level name: imports nothing
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _engine_modules(package: Path, mpi_family: str) -> list[Path]:
+    names = [package / f"_engine_{mpi_family}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    return [path for path in names if path.exists()][:1]  # the one that an import takes
+
+
+def _fingerprint(files: list[Path]) -> str | None:
+    """A version number says nothing of a checkout."""
+    digest = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+    return digest[:12] if files else None
+
+
+def _mpi_version(path: str) -> str | None:
+    try:
+        library = ctypes.CDLL(path)
+        text, length = ctypes.create_string_buffer(8192), ctypes.c_int()
+        library.MPI_Get_library_version(text, ctypes.byref(length))  # allowed before MPI_Init
+    except (OSError, AttributeError):
+        return None
+    return " ".join(text.value.decode(errors="replace").splitlines()[0].partition(",")[0].split())

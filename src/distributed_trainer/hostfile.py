@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hostfiles in the form of either MPI, and how many ranks each host gets."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+_LINE = re.compile(r"(?P<name>[\w.-]+)(?::(?P<mpich>\d+)|\s+slots\s*=\s*(?P<openmpi>\d+))?")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine to run ranks on."""
+
+    name: str
+    slots: int | None
+    """Ranks that it takes; None if the hostfile does not say."""
+
+
+def read_hostfile(path: str | Path) -> list[Host]:
+    """Reads a hostfile. Local.
+
+    A line is `name slots=2` (Open MPI's form), `name:2` (MPICH's) or `name`. Lines of one host add up. Bare names count
+    one slot each if one of them is repeated, as in the node file of PBS; else they leave the number open.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: A line is none of these, or only some of the hosts have slots.
+    """
+    bare: Counter[str] = Counter()
+    slots: Counter[str] = Counter()
+    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+        line = text.partition("#")[0].strip()
+        if not line:
+            continue
+        match = _LINE.fullmatch(line)
+        count = match and (match["mpich"] or match["openmpi"])
+        if match is None or count == "0":
+            raise ValueError(
+                f"{path}, line {number}: `{line}` is no host. A line is `node1 slots=2`, `node1:2` or `node1`. Another "
+                f"user name or port belongs in ~/.ssh/config; for what else an MPI understands, call its mpirun."
+            )
+        if count:
+            slots[match["name"]] += int(count)
+        else:
+            bare[match["name"]] += 1
+    if not slots and not bare:
+        raise ValueError(f"{path} names no host. Write a line `node1 slots=2` for each.")
+    if slots and bare:
+        name, other = next(iter(bare)), next(iter(slots))
+        raise ValueError(f"{path} says how many slots {other} has, but not {name}. Give all hosts slots, or none.")
+    if slots or max(bare.values()) > 1:
+        return [Host(name, count) for name, count in (slots or bare).items()]
+    return [Host(name, None) for name in bare]
+
+
+def place_ranks(
+    hosts: Sequence[Host], num_ranks: int | None, room: Mapping[str, int], oversubscribe: bool = False
+) -> list[Host]:
+    """Says how many ranks each host gets, as its slots; hosts that get none are left out. Local.
+
+    Slots are filled in the order of the hosts. Without slots `num_ranks` is spread evenly over the hosts, and
+    without either each host gets as many as it has room for.
+
+    Args:
+        hosts: Of `read_hostfile`.
+        num_ranks: None for as many as there are slots.
+        room: GPUs, or else cores, of each host; read only if neither slots nor `num_ranks` are given.
+        oversubscribe: Ranks beyond the slots go round the hosts.
+
+    Raises:
+        ValueError: More ranks than slots.
+    """
+    if hosts[0].slots is None and num_ranks is None:
+        return [replace(host, slots=room[host.name]) for host in hosts]
+    total = sum(host.slots or 0 for host in hosts)
+    num_ranks = total if num_ranks is None else num_ranks
+    if hosts[0].slots is not None and num_ranks > total and not oversubscribe:
+        raise ValueError(
+            f"-np {num_ranks} is more than the {total} slots of {', '.join(f'{h.name} ({h.slots})' for h in hosts)}. "
+            f"Start at most {total}, raise the slots, or pass --oversubscribe to have ranks share them."
+        )
+    counts = []
+    left = num_ranks
+    for host in hosts:
+        counts.append(min(host.slots or 0, left))
+        left -= counts[-1]
+    counts = [count + left // len(hosts) + (i < left % len(hosts)) for i, count in enumerate(counts)]
+    return [replace(host, slots=count) for host, count in zip(hosts, counts, strict=True) if count]

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks all hosts, over ssh and before mpirun, whether ranks can run there: mpirun would hang or say little.
+
+Each host runs `host_facts.py`, in parallel. What is wrong is told at once, host by host, with the remedy.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import host_facts
+from .errors import LaunchError
+
+LIMIT_SECONDS = 5.0
+_MAX_PROBLEMS = 12  # fit on a screen
+_SILENT = f"does not answer within {LIMIT_SECONDS:.0f} s. Is it up? See `{{shell}} {{name}} true`"
+_MARK = "distributed_trainer facts: "  # login scripts may print as well
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the ranks will need on each host."""
+
+    python: str
+    mpi_path: str
+    mpi_family: str
+    folder: str
+    """In which mpirun is called."""
+    files: Sequence[str]
+    """That must be there: the script, mpirun's helper program."""
+    module: str | None
+    """That must be there, in place of a script."""
+    environment: Mapping[str, str]
+    """Variables that the ranks will have."""
+
+
+def remote_shell(family: str, environ: Mapping[str, str]) -> list[str]:
+    """What the MPI starts its processes on other hosts with: ssh, unless its variables name something else."""
+    if family == "openmpi":
+        agents = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")
+        arguments = ("PRTE_MCA_plm_ssh_args", "OMPI_MCA_plm_ssh_args", "OMPI_MCA_plm_rsh_args")
+    else:
+        agents, arguments = ("HYDRA_LAUNCHER_EXEC",), ("HYDRA_LAUNCHER_EXTRA_ARGS",)
+    # Open MPI takes the first of "ssh : rsh" that there is.
+    named = next((environ[name] for name in agents if name in environ), "ssh")
+    choices = [shlex.split(choice) for choice in named.split(" : ")]
+    command = next((choice for choice in choices if shutil.which(choice[0])), choices[0])
+    command += shlex.split(next((environ[name] for name in arguments if name in environ), ""))
+    if os.path.basename(command[0]) == "ssh":  # no question for a password, which nobody would see
+        command += ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={LIMIT_SECONDS - 1:.0f}"]
+    return command
+
+
+def check_hosts(title: str, names: Sequence[str], request: Request) -> dict[str, dict[str, Any]]:
+    """Asks all hosts and refuses if they are not ready. Takes `LIMIT_SECONDS` at most.
+
+    Args:
+        title: What the hosts are called together, the hostfile.
+        names: As mpirun is given them.
+        request: What they must have.
+
+    Returns:
+        The facts of each host; see `host_facts`.
+
+    Raises:
+        LaunchError: Says for each host what is wrong and what to do.
+    """
+    answers = ask_hosts(names, remote_shell(request.mpi_family, os.environ), request)
+    if problems := find_problems(answers, request):
+        shown = problems[:_MAX_PROBLEMS]
+        shown += [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+        lines = "".join(f"\n  {problem}" for problem in shown)
+        raise LaunchError(f"the hosts of {title} are not ready, so mpirun was not started:{lines}")
+    return {name: answer for name, answer in answers.items() if not isinstance(answer, str)}
+
+
+def ask_hosts(names: Sequence[str], shell: Sequence[str], request: Request) -> dict[str, dict[str, Any] | str]:
+    """Asks all hosts at once. Takes `LIMIT_SECONDS` at most.
+
+    Returns:
+        For each name its facts (see `host_facts`), or why there are none and what to do.
+    """
+    deadline = time.monotonic() + LIMIT_SECONDS
+    answers: dict[str, dict[str, Any] | str] = {}
+
+    def ask(name: str) -> None:
+        answers[name] = _ask(name, shell, request, deadline)
+
+    # As daemons: one that waits for a name server is left behind.
+    threads = [threading.Thread(target=ask, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline + 0.1 - time.monotonic()))
+    return {name: answers.get(name, _SILENT.format(shell=shlex.join(shell), name=name)) for name in names}
+
+
+def _ask(name: str, shell: Sequence[str], request: Request, deadline: float) -> dict[str, Any] | str:
+    command = ["sh"] if is_this_machine(name) else [*shell, name, "sh"]
+    with tempfile.TemporaryFile() as script, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        # Files, not pipes: a connection that ssh keeps open for the next call would keep a pipe open, too.
+        script.write(_script(request).encode())
+        script.seek(0)
+        try:
+            process = subprocess.Popen(command, stdin=script, stdout=out, stderr=err, start_new_session=True)
+        except OSError as error:
+            return f"could not be asked ({error}). Install ssh (on Debian `apt install openssh-client`)"
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        out.seek(0)
+        err.seek(0)
+        answer, words = out.read().decode(errors="replace"), err.read().decode(errors="replace").strip()
+    for line in answer.splitlines():
+        if line.startswith(_MARK):
+            return json.loads(line[len(_MARK) :])
+    if "no-python" in answer.split():
+        return (
+            f"has no {request.python}. The same Python environment must lie at the same path on every host: install it "
+            f"there, or share its folder"
+        )
+    return _why_silent(name, shlex.join(shell), words, process.returncode)
+
+
+def _script(request: Request) -> str:
+    """For the standard input of `sh`, so that it does not matter how a login shell quotes."""
+    exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in request.environment.items())
+    arguments = (request.mpi_path, request.mpi_family, list(request.files), request.module)
+    python = shlex.quote(request.python)
+    return (
+        f"{exports}cd {shlex.quote(request.folder)} 2>/dev/null\n"
+        f"[ -x {python} ] || {{ echo no-python; exit; }}\n"
+        f"exec {python} - <<'END OF FACTS'\n{inspect.getsource(host_facts)}\n"
+        f"import json\nprint({_MARK!r} + json.dumps(host_facts(*{arguments!r})))\nEND OF FACTS\n"
+    )
+
+
+# What ssh says, what that means, and what to do; NAME stands for the host.
+_WORDS_OF_SSH = (
+    ("Permission denied", "refuses this user's key", "Let it in: `ssh-copy-id NAME`"),
+    ("Host key verification failed", "has a host key that ssh does not know, or knows otherwise", "Answer `ssh NAME`"),
+    ("Could not resolve hostname", "has an unknown name", "Mend it in the hostfile, or add it to /etc/hosts"),
+    ("Connection refused", "runs no ssh server", "Install one there (on Debian `apt install openssh-server`)"),
+    ("timed out", "does not answer", "Is it up, and is its port 22 open?"),
+    ("No route to host", "does not answer", "Is it up?"),
+)
+
+
+def _why_silent(name: str, shell: str, words: str, exit_code: int) -> str:
+    if exit_code == -signal.SIGKILL:  # ours
+        return _SILENT.format(shell=shell, name=name)
+    last = words.splitlines()[-1].strip().rstrip(".") if words else f"exit code {exit_code}"
+    for sign, cause, remedy in _WORDS_OF_SSH:
+        if sign in words:
+            return f"{cause} ({last}). {remedy.replace('NAME', name)}"
+    return f"could not be asked ({last}). See `{shell} {name} true`"
+
+
+def is_this_machine(name: str) -> bool:
+    """Whether mpirun would start ranks of this host by itself, without ssh."""
+    own = os.uname().nodename
+    if name in ("localhost", own, own.partition(".")[0]):
+        return True
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind, socket.SOCK_STREAM) as probe:
+            probe.bind(address)  # only addresses of this machine can be
+    except OSError:
+        return False
+    return True
+
+
+def find_problems(answers: Mapping[str, dict[str, Any] | str], request: Request) -> list[str]:
+    """Says what keeps ranks from running on these hosts together, a line each, with the remedy. Local."""
+    problems = [f"{name} {answer}" for name, answer in answers.items() if isinstance(answer, str)]
+    facts = {name: answer for name, answer in answers.items() if not isinstance(answer, str)}
+    for name, fact in facts.items():
+        if fact["missing"]:
+            what = ", ".join(fact["missing"])
+            problems.append(f"{name} lacks {what}. Copy it there, to the same path, or share the folder.")
+        for key, title, remedy in (
+            ("torch", "torch", f"{request.python} -m pip install torch"),
+            ("package", "distributed_trainer", f"{request.python} -m pip install distributed_trainer"),
+        ):
+            if fact[key] is None:
+                problems.append(f"{name} has no {title} for {request.python}. Install it there: `{remedy}`.")
+        if fact["mpi"] is None:
+            problems.append(f"{name} has no {request.mpi_path} that loads. Install the same MPI there.")
+    problems += _differences(facts, request)
+    problems += _equal_names(facts, request)
+    return problems
+
+
+def _differences(facts: Mapping[str, dict[str, Any]], request: Request) -> list[str]:
+    problems = []
+    pip = f"{request.python} -m pip install"
+    for key, path, title, remedy in (
+        ("python", "python", "Python", "Use environments of the same Python"),
+        ("torch", "torch", "torch", f"Install one version on all, such as `{pip} torch=={{first}}`"),
+        ("package", "package", "distributed_trainer", "Install the same one on all, or share its folder"),
+        ("engine", "package", "the engine of distributed_trainer", "Install the same wheel on all"),
+        ("mpi", "mpi", "the MPI library", "Install the same one on all"),
+    ):
+        hosts_of: dict[str, list[str]] = {}
+        for name, fact in facts.items():
+            if fact[key] is not None:
+                hosts_of.setdefault(fact[key], []).append(name)
+        if len(hosts_of) > 1:
+            parts = [
+                f"{_list(names)} {'has' if len(names) == 1 else 'have'} {value} ({facts[names[0]]['paths'][path]})"
+                for value, names in hosts_of.items()
+            ]
+            problems.append(f"{title} differs: {', '.join(parts)}. {remedy.format(first=next(iter(hosts_of)))}.")
+    return problems
+
+
+def _equal_names(facts: Mapping[str, dict[str, Any]], request: Request) -> list[str]:
+    problems = []
+    by_machine: dict[tuple[str, ...], list[str]] = {}
+    by_name: dict[str, list[str]] = {}
+    for name, fact in facts.items():
+        machine = by_machine.setdefault(tuple(fact["machine"]), [])
+        machine.append(name)
+        if len(machine) == 1:
+            by_name.setdefault(fact["name"], []).append(name)
+    for names in by_machine.values():
+        if len(names) > 1:
+            problems.append(f"{_list(names)} are names of one machine. Write one of them, with the sum of the slots.")
+    for own, names in by_name.items():
+        if len(names) > 1 and request.mpi_family == "openmpi":  # MPICH does not mind
+            problems.append(
+                f"{_list(names)} all call themselves {own} (`uname -n`). Open MPI would take them for one machine and "
+                f"wait for ever. Give each its own name: `hostnamectl set-hostname NAME` there."
+            )
+    return problems
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:8])
+    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"

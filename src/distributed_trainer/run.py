@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`distributed-trainer run`: becomes mpirun of a training script, with what users get wrong set right."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from . import host_facts, launch, library, mpirun, preflight
+from .errors import LaunchError
+from .hostfile import Host, place_ranks, read_hostfile
+from .library import MPILibrary
+
+# Open MPI gives ranks on other hosts its own variables alone. These are what a script's behaviour hangs on.
+FORWARDED = (
+    *("DTRAIN_*", "OMP_*", "MKL_*", "KMP_*", "GOMP_*"),
+    *("PYTHON*", "LD_LIBRARY_PATH", "LD_PRELOAD"),
+    *("TORCH*", "PYTORCH_*", "CUDA_*", "NCCL_*", "HIP_*", "ROCR_*", "UCX_*", "FI_*"),
+)
+_NOT_FORWARDED = ("DTRAIN_RANK_PID", "DTRAIN_RESTARTED")  # of this process's own place in a job
+
+# Whose presence says that a scheduler has given us hosts: Slurm, PBS, LSF, SGE, Flux.
+_ALLOCATIONS = ("SLURM_JOB_NODELIST", "PBS_NODEFILE", "LSB_MCPU_HOSTS", "PE_HOSTFILE", "FLUX_URI")
+
+_DESCRIPTION = """\
+Becomes `mpirun -np N python SCRIPT ARGS`, with the mpirun of the MPI that the ranks will use. Sets what users have to
+know otherwise; what is set in the environment already is left alone. --dry-run prints the command.
+
+With --hostfile all hosts are asked first whether the ranks can run there, which takes 5 s at most.
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Adds `run` to the command line."""
+    parser = commands.add_parser(
+        "run",
+        help="start a script on MPI ranks",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="distributed-trainer run [-np N] [--hostfile FILE] [OPTIONS] SCRIPT [ARGS ...]",
+        allow_abbrev=False,
+    )
+    option = parser.add_argument
+    option("-np", "-n", dest="num_ranks", type=_positive, metavar="N", help="ranks; default: slots, GPUs or else cores")
+    option("--hostfile", metavar="FILE", help="lines `name slots=2` or `name:2`")
+    option("--oversubscribe", action="store_true", help="allow more ranks than the hostfile has slots")
+    option(
+        "-x",
+        "--export",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="pass on a variable, or all of a form: WANDB_*",
+    )
+    option("--tag-output", action="store_true", help="put the rank before each line")
+    option(
+        "--log-dir", metavar="DIR", help="write each rank's output to DIR/rank-N.log, on its host, not to the terminal"
+    )
+    option("--mpirun-options", default="", metavar="'...'", help="more options for mpirun, such as '--bind-to numa'")
+    option("--no-preflight", action="store_true", help="do not ask the hosts first")
+    option("--dry-run", action="store_true", help="print the command and end")
+    option("-m", dest="is_module", action="store_true", help="SCRIPT is a module, as for python -m")
+    option("script", metavar="SCRIPT")
+    option("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="belong to the script")
+    parser.set_defaults(main=main)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of ranks")
+    return int(text)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Becomes mpirun; returns only after --dry-run.
+
+    Raises:
+        ValueError, OSError: The command line or the hostfile is not what is described.
+        LaunchError: The hosts are not ready, or an MPI launcher has started this.
+        MPINotFoundError: There is no MPI library, no mpirun for it, or none that this package was built for.
+    """
+    _check_command(options)
+    library.load_engine()
+    mpi = library.loaded_mpi()
+    assert mpi is not None
+    program = mpirun.find_mpirun(mpi)
+    variables = dict(word.split("=", 1) for word in options.export if "=" in word)
+    if options.log_dir or (sys.stdout is not None and sys.stdout.isatty()):
+        variables |= {} if "PYTHONUNBUFFERED" in os.environ else {"PYTHONUNBUFFERED": "1"}  # show lines as they come
+    forwarded = select_variables({**os.environ, **variables}, options.export)
+    num_ranks, hosts = options.num_ranks, None
+    if options.hostfile:
+        hosts, settings = _prepare_hosts(options, mpi, program, forwarded)
+        num_ranks = sum(host.slots or 0 for host in hosts)
+    elif any(name in os.environ for name in _ALLOCATIONS):  # mpirun knows the hosts and their slots
+        settings = mpirun.mpirun_environment_for_hosts(is_crowded=False, has_cards=True)
+    else:
+        forwarded = {}
+        num_ranks = num_ranks or host_facts.num_gpus() or host_facts.num_cores()
+        settings = mpirun.mpirun_environment(num_ranks)
+    if mpi.family == "openmpi":
+        variables |= settings
+    command = [program, *_mpirun_options(options, mpi.family, hosts, forwarded)]
+    command += ["-np", str(num_ranks)] if num_ranks else []
+    command += [*_redirection(options.log_dir), sys.executable, *(["-m"] if options.is_module else [])]
+    command += [options.script, *options.arguments]
+    if options.dry_run:
+        print(*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command))
+        return 0
+    print(f"distributed_trainer: running {shlex.join(command)}", file=sys.stderr, flush=True)
+    os.execve(program, command, {**os.environ, **variables})
+
+
+def _check_command(options: argparse.Namespace) -> None:
+    launcher = launch.find_launcher(os.environ)
+    if launcher is not None:
+        raise LaunchError(
+            f"`distributed-trainer run` starts mpirun itself, but {launcher.name} has started it. Leave out one."
+        )
+    if options.script == "python" or (options.script.startswith("python3") and not os.path.exists(options.script)):
+        raise ValueError(f"leave out `{options.script}`: the script is run by {sys.executable}")
+    if not options.is_module and not os.path.exists(options.script):
+        raise ValueError(f"there is no {options.script} in {os.getcwd()}")
+    if ":" in options.arguments:
+        raise ValueError("an argument ':' cannot be passed on: for mpirun it ends the script's arguments")
+
+
+def select_variables(environ: Mapping[str, str], exports: Sequence[str]) -> dict[str, str]:
+    """Picks the variables that ranks on other hosts are given.
+
+    Raises:
+        ValueError: One that is asked for by -x is not set.
+    """
+    wanted = [word.partition("=")[0] for word in exports]
+    for pattern in wanted:
+        if not fnmatch.filter(environ, pattern):
+            raise ValueError(f"-x {pattern}: no such variable is set. Set it, or write -x {pattern}=VALUE.")
+    patterns = [*FORWARDED, *wanted]
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if name.isidentifier()  # bash's functions are not
+        and name not in _NOT_FORWARDED
+        and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def _prepare_hosts(
+    options: argparse.Namespace, mpi: MPILibrary, program: str, forwarded: Mapping[str, str]
+) -> tuple[list[Host], dict[str, str]]:
+    """Returns the ranks of each host, and the variables for mpirun."""
+    hosts = read_hostfile(options.hostfile)
+    is_open = hosts[0].slots is None and options.num_ranks is None
+    if options.no_preflight:
+        if is_open:
+            raise ValueError(f"{options.hostfile} gives no slots, so --no-preflight needs -np.")
+        placed = place_ranks(hosts, options.num_ranks, {}, options.oversubscribe)
+        return placed, mpirun.mpirun_environment_for_hosts(is_crowded=False, has_cards=True)
+    if not is_open:
+        hosts = place_ranks(hosts, options.num_ranks, {}, options.oversubscribe)
+    helpers = [Path(program).parent / name for name in ("prted", "orted", "hydra_pmi_proxy")]
+    files = [os.getcwd(), *([] if options.is_module else [os.path.abspath(options.script)])]
+    files += [str(path) for path in helpers if path.exists()]
+    request = preflight.Request(
+        python=sys.executable,
+        mpi_path=mpi.path,
+        mpi_family=mpi.family,
+        folder=os.getcwd(),
+        files=files,
+        module=options.script if options.is_module else None,
+        environment=forwarded,
+    )
+    facts = preflight.check_hosts(options.hostfile, [host.name for host in hosts], request)
+    room = {name: fact["gpus"] or fact["cores"] for name, fact in facts.items()}
+    hosts = place_ranks(hosts, None, room)
+    crowded = [host for host in hosts if (host.slots or 0) > facts[host.name]["cores"]]
+    for host in crowded:
+        cores = facts[host.name]["cores"]
+        print(f"distributed_trainer: the {host.slots} ranks of {host.name} share {cores} core(s)", file=sys.stderr)
+    has_cards = any(fact["network_cards"] for fact in facts.values())
+    return hosts, mpirun.mpirun_environment_for_hosts(bool(crowded), has_cards)
+
+
+def _mpirun_options(
+    options: argparse.Namespace, family: str, hosts: Sequence[Host] | None, forwarded: Mapping[str, str]
+) -> list[str]:
+    # Both MPIs understand this list, where their hostfiles differ.
+    words = ["--host" if family == "openmpi" else "-hosts"] if hosts else []
+    words += [",".join(f"{host.name}:{host.slots}" for host in hosts)] if hosts else []
+    if family == "openmpi":  # MPICH passes on all variables
+        words += [word for name in forwarded for word in ("-x", name)]
+    if options.tag_output:
+        words.append("--tag-output" if family == "openmpi" else "-prepend-rank")
+    return words + shlex.split(options.mpirun_options)
+
+
+def _redirection(log_dir: str | None) -> list[str]:
+    """A shell that becomes the rank. What the MPIs have for this differs, and Open MPI 5.0's loses lines."""
+    if log_dir is None:
+        return []
+    script = 'mkdir -p "$0" && exec "$@" >"$0/rank-${OMPI_COMM_WORLD_RANK:-$PMI_RANK}.log" 2>&1'
+    return ["sh", "-c", script, log_dir]

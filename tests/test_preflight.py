@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hosts are asked before mpirun, through a script in ssh's place, and what is made of their answers.
+
+With hosts of their own: test_run_hosts_long.py.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from distributed_trainer import LaunchError, preflight
+from distributed_trainer.host_facts import host_facts
+from distributed_trainer.library import load_engine, loaded_mpi
+
+# Stands in for ssh: takes options and a host, and does what the host's name says.
+AGENT = """#!/bin/sh
+while [ "${1#-}" != "$1" ]; do shift; done
+case $1 in
+  good) shift; echo "Welcome to $USER@good!"; exec "$@" ;;
+  kept) shift; sleep 60 & echo $! >"$0.pid"; exec "$@" ;;
+  silent) sleep 60 ;;
+  barred) echo "root@barred: Permission denied (publickey)." >&2; exit 255 ;;
+  unknown) echo "ssh: Could not resolve hostname unknown: Name or service not known" >&2; exit 255 ;;
+  odd) echo "something else" >&2; exit 1 ;;
+  mute) exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def agent(tmp_path):
+    path = tmp_path / "agent"
+    path.write_text(AGENT)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def wanted(tmp_path):
+    load_engine()
+    mpi = loaded_mpi()
+    return preflight.Request(sys.executable, mpi.path, mpi.family, str(tmp_path), [], None, {})
+
+
+def test_facts(agent, wanted, tmp_path):
+    """The other side reports what this one finds in itself, past a login's greeting."""
+    (tmp_path / "my module.py").touch()
+    missing = [str(tmp_path), f"{tmp_path}/no such file"]
+    asked = replace(wanted, files=missing, module="nosuchmodule.x", environment={"CUDA_VISIBLE_DEVICES": "it's $1"})
+    expected = host_facts(wanted.mpi_path, wanted.mpi_family, missing, "nosuchmodule.x")
+    for name in ("good", "localhost"):
+        assert preflight.ask_hosts([name], [agent, "-x"], asked) == {name: expected}
+    assert expected["missing"] == [f"{tmp_path}/no such file", "module nosuchmodule.x"]
+    assert json.loads(json.dumps(expected)) == expected
+    for key in ("torch", "package", "engine", "mpi"):
+        assert expected[key], key
+
+
+def test_environment_and_folder_of_the_ranks(agent, wanted, tmp_path):
+    (tmp_path / "here.py").touch()
+    [facts] = preflight.ask_hosts(["good"], [agent], replace(wanted, module="here")).values()
+    assert facts["missing"] == []
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "version.py").write_text('__version__ = "it\'s 1"')
+    environment = {"PYTHONPATH": str(tmp_path)}
+    [facts] = preflight.ask_hosts(["good"], [agent], replace(wanted, environment=environment)).values()
+    assert facts["torch"] == "it's 1"
+
+
+def test_hosts_that_do_not_answer(agent, wanted, monkeypatch):
+    """All in the time of one; nothing of them is left."""
+    monkeypatch.setattr(preflight, "LIMIT_SECONDS", 2.0)
+    names = ["silent", "barred", "unknown", "odd", "mute", "good"]
+    start = time.monotonic()
+    answers = preflight.ask_hosts(names, [agent], wanted)
+    assert time.monotonic() - start < 4
+    assert list(answers) == names
+    assert answers["silent"].startswith("does not answer within ")
+    assert answers["silent"].endswith(f"See `{agent} silent true`")
+    denied = "refuses this user's key (root@barred: Permission denied (publickey)). Let it in: `ssh-copy-id barred`"
+    assert answers["barred"] == denied
+    assert answers["unknown"].startswith("has an unknown name (ssh: Could not resolve")
+    assert answers["odd"] == f"could not be asked (something else). See `{agent} odd true`"
+    assert answers["mute"] == f"could not be asked (exit code 1). See `{agent} mute true`"
+    assert isinstance(answers["good"], dict)
+
+
+def test_connection_that_is_kept_open(agent, wanted):
+    """As by ssh's ControlPersist: its process keeps our file descriptors."""
+    start = time.monotonic()
+    [facts] = preflight.ask_hosts(["kept"], [agent], wanted).values()
+    assert time.monotonic() - start < 4
+    assert isinstance(facts, dict)
+    with open(f"{agent}.pid") as file:
+        os.kill(int(file.read()), signal.SIGKILL)
+
+
+def test_no_python_and_no_ssh(agent, wanted):
+    [answer] = preflight.ask_hosts(["good"], [agent], replace(wanted, python="/no/python")).values()
+    assert answer.startswith("has no /no/python. The same Python environment must lie at the same path on every host")
+    [answer] = preflight.ask_hosts(["good"], ["/no/ssh"], wanted).values()
+    assert answer.startswith("could not be asked ([Errno 2] No such file or directory: '/no/ssh'). Install ssh")
+
+
+def test_this_machine():
+    assert preflight.is_this_machine("localhost")
+    assert preflight.is_this_machine(os.uname().nodename)
+    assert preflight.is_this_machine("127.0.0.1")
+    assert not preflight.is_this_machine("192.0.2.1")  # an address for documentation
+    assert not preflight.is_this_machine("no-such-host.invalid")
+
+
+BATCH = ["-o", "BatchMode=yes", "-o", "ConnectTimeout=4"]
+
+
+@pytest.mark.parametrize(
+    ("family", "environ", "command"),
+    [
+        ("openmpi", {}, ["ssh", *BATCH]),
+        ("openmpi", {"PRTE_MCA_plm_ssh_args": "-i 'my key'"}, ["ssh", "-i", "my key", *BATCH]),
+        ("openmpi", {"PRTE_MCA_plm_ssh_agent": "/opt/agent -x"}, ["/opt/agent", "-x"]),
+        ("openmpi", {"PRTE_MCA_plm_ssh_agent": "nosuchprogram : sh -x"}, ["sh", "-x"]),
+        ("openmpi", {"OMPI_MCA_plm_rsh_agent": "/opt/agent"}, ["/opt/agent"]),
+        ("openmpi", {"HYDRA_LAUNCHER_EXEC": "/opt/agent"}, ["ssh", *BATCH]),
+        ("mpich", {}, ["ssh", *BATCH]),
+        (
+            "mpich",
+            {"HYDRA_LAUNCHER_EXEC": "/opt/ssh", "HYDRA_LAUNCHER_EXTRA_ARGS": "-p 7"},
+            ["/opt/ssh", "-p", "7", *BATCH],
+        ),
+    ],
+)
+def test_the_mpis_own_way(family, environ, command):
+    assert preflight.remote_shell(family, environ) == command
+
+
+GOOD = {
+    "missing": [],
+    "python": "3.11",
+    "torch": "2.13.0",
+    "package": "aaa",
+    "engine": "bbb",
+    "mpi": "Open MPI v5.0.11",
+    "paths": {"python": "/venv/bin/python", "torch": "/venv/torch", "package": "/venv/dt", "mpi": "/venv/libmpi.so.40"},
+}
+
+
+def problems(request, *changes, names=None):
+    answers = {
+        f"node{number}": GOOD | {"name": f"node{number}", "machine": [str(number)]} | change
+        for number, change in enumerate(changes)
+    }
+    return preflight.find_problems(answers, replace(request, python="/venv/bin/python"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"missing": ["/x/train.py"]},
+            "node1 lacks /x/train.py. Copy it there, to the same path, or share the folder.",
+        ),
+        (
+            {"torch": None},
+            "node1 has no torch for /venv/bin/python. Install it there: `/venv/bin/python -m pip install",
+        ),
+        ({"package": None, "engine": None}, "node1 has no distributed_trainer for /venv/bin/python."),
+        ({"mpi": None}, "that loads. Install the same MPI there."),
+        (
+            {"torch": "2.12.0"},
+            "torch differs: node0, node2 have 2.13.0 (/venv/torch), node1 has 2.12.0 (/venv/torch). Install one "
+            "version on all, such as `/venv/bin/python -m pip install torch==2.13.0`.",
+        ),
+        ({"python": "3.12"}, "Python differs: node0, node2 have 3.11 (/venv/bin/python), node1 has 3.12"),
+        ({"package": "ccc"}, "distributed_trainer differs: node0, node2 have aaa (/venv/dt), node1 has ccc"),
+        ({"engine": "ccc"}, "the engine of distributed_trainer differs: "),
+        ({"mpi": "MPICH Version: 5.0.2"}, "the MPI library differs: node0, node2 have Open MPI v5.0.11"),
+        ({"machine": ["0"]}, "node0, node1 are names of one machine. Write one of them, with the sum of the slots."),
+    ],
+)
+def test_one_problem(wanted, change, message):
+    assert problems(wanted, {}, {}, {}) == []
+    [problem] = problems(wanted, {}, change, {})
+    assert message in problem
+
+
+def test_equal_names(wanted):
+    """Open MPI alone minds."""
+    changes = [{"name": "box"}, {"name": "box"}]
+    [problem] = problems(replace(wanted, mpi_family="openmpi"), *changes)
+    assert problem.startswith("node0, node1 all call themselves box (`uname -n`). Open MPI would take them for one")
+    assert "`hostnamectl set-hostname NAME`" in problem
+    assert problems(replace(wanted, mpi_family="mpich"), *changes) == []
+
+
+def test_one_screen(wanted, monkeypatch):
+    """However many hosts there are."""
+    names = [f"node{number}" for number in range(500)]
+    monkeypatch.setattr(preflight, "ask_hosts", lambda names, *_: {name: "does not answer" for name in names})
+    with pytest.raises(LaunchError) as caught:
+        preflight.check_hosts("hosts.txt", names, wanted)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "the hosts of hosts.txt are not ready, so mpirun was not started:"
+    assert (lines[1], lines[-1]) == ("  node0 does not answer", "  ... and 488 more")
+    assert len(lines) < 20
+    assert len(problems(wanted, {}, *[{"torch": "1"}] * 400)[0]) < 300

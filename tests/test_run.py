@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`distributed-trainer run` on this machine, as a user's shell calls it. On several: test_run_hosts_long.py."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import is_openmpi, mpirun_path
+
+import distributed_trainer
+from distributed_trainer import host_facts, run
+from distributed_trainer.command_line import main
+
+RANK = "OMPI_COMM_WORLD_RANK" if is_openmpi() else "PMI_RANK"
+SCRIPT = f"""
+import os, sys
+values = os.environ["{RANK}"], sys.argv[1:], len(os.sched_getaffinity(0)), os.environ.get("FLAVOUR")
+sys.stdout.write(f"rank %s got %s on %s cpus, %s\\n" % values)
+"""
+NUM_CPUS = len(os.sched_getaffinity(0))
+
+
+def shell_environment(**extra):
+    """That of a user who knows of no variable: `make` sets some for the tests."""
+    made = re.compile("OMPI_|PRTE_|PMI|MPI_|DTRAIN_|PYTHONUNBUFFERED")
+    others = {name: value for name, value in os.environ.items() if not made.match(name)}
+    source = str(Path(distributed_trainer.__file__).parent.parent)
+    return others | {"PYTHONPATH": source} | extra
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*arguments, **extra):
+    command = [sys.executable, "-m", "distributed_trainer", "run", *arguments]
+    return subprocess.run(
+        command, env=shell_environment(**extra), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+
+
+def lines(rank, arguments=(), flavour=None):
+    return f"rank {rank} got {list(arguments)} on {NUM_CPUS} cpus, {flavour}"
+
+
+def test_arguments_after_the_script_are_its_own(folder):
+    """More ranks than cores, unbound, as root too."""
+    arguments = ["--lr", "0.1", "-np", "7", "--dry-run", "-x", "a b", "", "*", "$HOME", "'", "--", "-m"]
+    result = call("-np", "3", "train.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == [lines(rank, arguments) for rank in range(3)]
+    assert f"running {mpirun_path()} " in result.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--tag-output",), ("--log-dir", "a b")])
+def test_dry_run_prints_a_line_for_the_shell(folder, options):
+    arguments = ["-np", "2", *options, "-x", "FLAVOUR=it's $HOME", "train.py", "a b", "*"]
+    printed = call("--dry-run", *arguments)
+    assert printed.returncode == 0, printed.stderr
+    assert len(printed.stdout.splitlines()) == 1
+    assert printed.stderr == ""
+    assert not Path("a b").exists()
+    pasted = subprocess.run(
+        ["sh", "-c", printed.stdout], env=shell_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    started = call(*arguments)
+    assert pasted.returncode == started.returncode == 0, pasted.stderr
+    assert sorted(pasted.stdout.splitlines()) == sorted(started.stdout.splitlines())
+    text = started.stdout + "".join(file.read_text() for file in Path("a b").glob("*"))
+    for rank in range(2):
+        assert lines(rank, ["a b", "*"], "it's $HOME") in text
+
+
+def test_output_with_the_rank(folder):
+    start = r"\[1,%d\]<stdout>: ?" if is_openmpi() else r"\[%d\] "
+    found = call("-np", "2", "--tag-output", "train.py").stdout
+    for rank in range(2):
+        assert re.search(start % rank + re.escape(lines(rank)), found), found
+
+
+def test_a_file_for_each_rank(folder):
+    """With errors, and up to the last line of a rank that dies."""
+    Path("train.py").write_text(
+        "import os, sys, time\nprint('out')\nprint('err', file=sys.stderr)\n"
+        f"time.sleep(1)\nos.kill(os.getpid(), 9) if os.environ['{RANK}'] == '1' else time.sleep(60)\n"
+    )
+    result = call("-np", "2", "--log-dir", "logs/first", "train.py")
+    assert result.returncode != 0
+    for rank in range(2):
+        assert Path(f"logs/first/rank-{rank}.log").read_text() == "out\nerr\n"
+    assert "out\n" not in result.stdout
+
+
+def test_module(folder):
+    Path("package").mkdir()
+    Path("package/__init__.py").touch()
+    Path("train.py").rename("package/train.py")
+    result = call("-np", "1", "-m", "package.train", "x", "-m")
+    assert result.stdout == lines(0, ["x", "-m"]) + "\n"
+
+
+def test_number_of_ranks(folder):
+    """As many as cores, if nobody says."""
+    result = call("train.py")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == host_facts.num_cores()
+
+
+def test_exit_code(folder):
+    Path("train.py").write_text("import sys; sys.exit(3)")
+    assert call("-np", "2", "train.py").returncode == 3
+
+
+def test_it_becomes_mpirun(folder):
+    """So signals reach mpirun, and nothing of ours stands in between."""
+    Path("train.py").write_text("import os, time; open(f'{os.getpid()}.pid', 'w').close(); time.sleep(60)")
+    command = [sys.executable, "-m", "distributed_trainer", "run", "-np", "2", "train.py"]
+    with subprocess.Popen(command, env=shell_environment(), stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 30
+        while len(list(folder.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert Path(f"/proc/{process.pid}/exe").resolve().name in ("prterun", "mpirun", "orterun", "mpiexec.hydra")
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+    pids = [int(path.stem) for path in folder.glob("*.pid")]
+    assert len(pids) == 2
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_what_is_set_is_left(folder):
+    name = "PRTE_MCA_rmaps_default_mapping_policy"
+    assert (f"{name}=:oversubscribe" in call("--dry-run", "-np", "2", "train.py").stdout) == is_openmpi()
+    assert name not in call("--dry-run", "-np", "2", "train.py", **{name: "package"}).stdout
+
+
+def test_in_an_allocation(folder):
+    """The scheduler's hosts and slots: nothing is set that would overrule them."""
+    line = call("--dry-run", "train.py", SLURM_JOB_NODELIST="node[1-2]", DTRAIN_MALLOC="default").stdout
+    assert " -np " not in line
+    assert "oversubscribe" not in line
+    assert (" -x DTRAIN_MALLOC " in line) == is_openmpi()
+    assert " -np 3 " in call("--dry-run", "-np", "3", "train.py", PBS_NODEFILE="nodes").stdout
+
+
+def test_more_options_for_mpirun(folder):
+    line = call("--dry-run", "--mpirun-options=-bind-to core -v", "-np", "1", "train.py").stdout
+    assert re.search(r"/mpirun -bind-to core -v -np 1 ", line)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (["-np", "2", "python", "train.py"], 2, "leave out `python`: the script is run by"),
+        (["-np", "2", "python3.11", "train.py"], 2, "leave out `python3.11`"),
+        (["-np", "2", "tarin.py"], 2, "there is no tarin.py in /"),
+        (["-np", "2", "train.py", "a", ":", "b"], 2, "':' cannot be passed on"),
+        (["-np", "two", "train.py"], 2, "two is no number of ranks"),
+        (["-np", "2"], 2, "required: SCRIPT"),
+        (["-x", "FLAVOUR", "train.py"], 2, "-x FLAVOUR: no such variable is set. Set it, or write -x FLAVOUR=VALUE."),
+        (["--hostfile", "hosts.txt", "train.py"], 2, "No such file or directory: 'hosts.txt'"),
+    ],
+)
+def test_what_is_refused(folder, arguments, exit_code, message):
+    result = call(*arguments)
+    assert result.returncode == exit_code
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_under_mpirun(folder):
+    environ = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    command = [mpirun_path(), "-np", "1", sys.executable, "-m", "distributed_trainer", "run", "train.py"]
+    result = subprocess.run(command, env=shell_environment(**environ), capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0
+    assert re.search("run` starts mpirun itself, but mpi.* has started it. Leave out one", result.stderr)
+
+
+def test_no_mpi(folder):
+    result = call("-np", "2", "train.py", DTRAIN_LIBMPI="/no/libmpi.so")
+    assert result.returncode == 1
+    assert result.stderr.startswith("distributed-trainer: DTRAIN_LIBMPI=/no/libmpi.so does not load: ")
+
+
+def test_it_does_not_wait_for_torch(folder):
+    command = [sys.executable, "-X", "importtime", "-m", "distributed_trainer", "run", "--dry-run", "train.py"]
+    result = subprocess.run(command, env=shell_environment(), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert "distributed_trainer.run" in result.stderr
+    assert not re.search(r"\| +(torch|numpy)$", result.stderr, re.MULTILINE)
+
+
+def test_a_script_of_another_name_gets_all_of_the_package(folder):
+    """Also where the words of the command line are those of the command."""
+    Path("train.py").write_text("import distributed_trainer as d; print(d.create_distributed_trainer.__name__)")
+    for command in (["-m", "train", "-m", "distributed_trainer"], ["train.py", "distributed-trainer"]):
+        result = subprocess.run([sys.executable, *command], env=shell_environment(), capture_output=True, text=True)
+        assert result.stdout == "create_distributed_trainer\n", result.stderr
+
+
+def test_help(capsys):
+    for arguments in (["--help"], ["run", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        assert "script" in capsys.readouterr().out
+
+
+def test_variables_for_other_hosts():
+    environ = {
+        "DTRAIN_MALLOC": "default",
+        "DTRAIN_RANK_PID": "7",
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": "/src",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HOME": "/root",
+        "WANDB_MODE": "offline",
+        "WANDB_PROJECT": "x",
+        "BASH_FUNC_which%%": "() { }",
+    }
+    usual = ["CUDA_VISIBLE_DEVICES", "DTRAIN_MALLOC", "OMP_NUM_THREADS", "PYTHONPATH"]
+    assert list(run.select_variables(environ, [])) == usual
+    assert list(run.select_variables(environ, ["WANDB_*"])) == [*usual, "WANDB_MODE", "WANDB_PROJECT"]
+    assert "BASH_FUNC_which%%" not in run.select_variables(environ, ["*"])
+    with pytest.raises(ValueError, match="-x WANDB_KEY"):
+        run.select_variables(environ, ["WANDB_KEY"])
+
+
+def fake_torch(folder, cuda, hip):
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").touch()
+    (folder / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\ncuda = {cuda!r}\nhip = {hip!r}\n")
+    return folder / "torch"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "environ", "count"),
+    [
+        (None, None, {}, 0),  # a CPU build on a machine with GPUs
+        ("12.6", None, {}, 4),
+        (None, "6.3", {}, 2),
+        ("12.6", None, {"CUDA_VISIBLE_DEVICES": ""}, 0),
+        ("12.6", None, {"CUDA_VISIBLE_DEVICES": "-1"}, 0),
+        ("12.6", None, {"CUDA_VISIBLE_DEVICES": "2,3"}, 2),
+        (None, "6.3", {"ROCR_VISIBLE_DEVICES": "1"}, 1),
+    ],
+)
+def test_number_of_gpus(tmp_path, monkeypatch, cuda, hip, environ, count):
+    folder = fake_torch(tmp_path, cuda, hip)
+    monkeypatch.setattr(host_facts, "_folder_of", lambda package: folder)
+    files = {"/dev/nvidia[0-9]*": ["a", "b", "c", "d"], "/dev/dri/renderD*": ["a", "b"]}
+    monkeypatch.setattr(host_facts.glob, "glob", files.__getitem__)
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert host_facts.num_gpus() == count
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("", 4), ("max 100000", 4), ("200000 100000", 2), ("50000 100000", 1)])
+def test_number_of_cores(monkeypatch, quota, cores):
+    """Hyperthreads count once, and a container's quota counts."""
+    siblings = {
+        f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 4},{n % 4 + 4}" for n in range(8)
+    }
+    monkeypatch.setattr(host_facts, "_read", {**siblings, "/sys/fs/cgroup/cpu.max": quota}.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert host_facts.num_cores() == cores

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`distributed-trainer run --hostfile` on hosts made of namespaces, and set-ups that are wrong on one of them."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hosts import Hosts, why_not
+from ranks import is_openmpi
+from test_run import shell_environment
+
+import distributed_trainer
+from distributed_trainer.host_facts import num_cores
+
+pytestmark = pytest.mark.long
+
+SECONDS = 10  # for 5 s, and Python's start on a busy machine
+PACKAGE = Path(distributed_trainer.__file__).parent
+SCRIPT = """
+import os, torch
+from distributed_trainer import job as jobs
+job = jobs.start(None, None)
+tensor = torch.full((1000,), float(job.rank))
+job.create_group().allreduce([tensor]).wait()
+host, node = os.uname().nodename.partition("-")[0], job.node_of_rank[job.rank]
+print("host %s, node %d, sum %d, %s" % (host, node, tensor[0], os.environ.get("FLAVOUR")), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    if reason := why_not():
+        assert "CI" not in os.environ, reason  # there it would be missed
+        pytest.skip(reason)
+    with Hosts(2) as made:
+        yield made
+
+
+class Shell:
+    """A user's shell on the first host, in a folder that both see, with a script in ssh's place."""
+
+    def __init__(self, hosts, folder):
+        self.hosts, self.folder = hosts, folder
+        # ssh hands on no variables. (Open MPI's daemon crashes without HOME.)
+        agent = folder / "agent"
+        agent.write_text(f'#!/bin/sh\nexec env -i PATH=/usr/bin:/bin:/usr/sbin HOME=/ {hosts.folder}/agent "$@"\n')
+        agent.chmod(0o700)
+        self.environment = shell_environment(PRTE_MCA_plm_ssh_agent=str(agent), HYDRA_LAUNCHER_EXEC=str(agent))
+        (folder / "train.py").write_text(SCRIPT)
+        (folder / "where.py").write_text("import os; print(os.uname().nodename)")
+        self.write_hostfile("{} slots=2\n{}:1\n")
+
+    def write_hostfile(self, text):
+        (self.folder / "hosts.txt").write_text(text.format(*self.hosts.names))
+
+    def on(self, host, command):
+        """Runs a command line of the shell on a host, in its root folder."""
+        return subprocess.run(
+            [*self.hosts._enter(host, mounts=True), "sh", "-c", command],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def run(self, arguments="train.py"):
+        command = f"{sys.executable} -m distributed_trainer run --hostfile hosts.txt {arguments}"
+        return self.on(0, f"cd {self.folder} && {command}")
+
+    def refusal(self, arguments="train.py"):
+        """What `run` says within seconds, instead of starting mpirun."""
+        start = time.monotonic()
+        result = self.run(arguments)
+        assert time.monotonic() - start < SECONDS
+        assert result.returncode != 0
+        assert "running" not in result.stderr
+        assert len(result.stderr.splitlines()) < 20
+        return result.stderr
+
+
+@pytest.fixture
+def shell(hosts, tmp_path):
+    return Shell(hosts, tmp_path)
+
+
+@pytest.fixture
+def bind(shell):
+    """Puts a file or folder in another's place, on the second host alone."""
+    done = []
+
+    def mount(source, target):
+        assert shell.on(1, f"mount --bind '{source}' '{target}'").returncode == 0
+        done.append(target)
+
+    yield mount
+    for target in reversed(done):
+        assert shell.on(1, f"umount '{target}'").returncode == 0
+
+
+def test_ranks_of_both_hosts(shell):
+    result = shell.run("-x FLAVOUR=sweet train.py")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("host host0, node 0, sum 3, sweet\n") == 2
+    assert result.stdout.count("host host1, node 1, sum 3, sweet\n") == 1
+
+
+def test_hosts_without_slots(shell):
+    """As many ranks on each; here one on each core."""
+    shell.write_hostfile("{}\n{}\n")
+    for options, each in ("-np 2", 1), ("", num_cores()):
+        result = shell.run(f"{options} where.py")
+        assert result.returncode == 0, result.stderr
+        assert sorted(result.stdout.split()) == sorted(shell.hosts.names * each)
+
+
+def test_more_ranks_than_slots(shell):
+    assert "is more than the 3 slots of host0-" in shell.refusal("-np 4 train.py")
+    result = shell.run("-np 4 --oversubscribe where.py")
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.split()) == [shell.hosts.names[0]] * 3 + [shell.hosts.names[1]]
+
+
+def test_host_that_does_not_answer(shell):
+    """With the real ssh, which nobody answers."""
+    shell.environment |= {"PRTE_MCA_plm_ssh_agent": "ssh", "HYDRA_LAUNCHER_EXEC": "ssh"}
+    shell.write_hostfile("{}:1\n10.77.0.99:1\n{}:1\n")
+    text = shell.refusal()
+    assert re.search(r"10.77.0.99 does not answer( within 5 s. Is it up\?| \(ssh: connect to host)", text)
+    assert re.search(r"host1-\d+ runs no ssh server \(ssh: .* Connection refused\). Install one there", text)
+
+
+def test_script_is_missing(shell, bind, tmp_path):
+    (tmp_path / "empty").mkdir()
+    bind(tmp_path / "empty", tmp_path)
+    text = shell.refusal()
+    assert re.search(
+        rf"host1-\d+ lacks {tmp_path}/train.py. Copy it there, to the same path, or share the folder", text
+    )
+    assert re.search(r"host1-\d+ lacks module train. Copy it there", shell.refusal("-m train"))
+
+
+def test_folder_is_missing(shell, bind, tmp_path):
+    (tmp_path / "empty").mkdir()
+    bind(tmp_path / "empty", tmp_path.parent)
+    assert re.search(rf"host1-\d+ lacks {tmp_path}, {tmp_path}/train.py\. ", shell.refusal())
+
+
+def test_another_torch(shell, bind, tmp_path):
+    path = Path(torch.__file__).parent / "version.py"
+    (tmp_path / "version.py").write_text(re.sub("__version__ = .*", "__version__ = '2.12.0'", path.read_text()))
+    bind(tmp_path / "version.py", path)
+    pattern = (
+        rf"torch differs: host0-\d+ has {re.escape(torch.__version__)} \(.*\), host1-\d+ has 2.12.0 .*pip install torch"
+    )
+    assert re.search(pattern, shell.refusal())
+
+
+def test_another_package(shell, bind, tmp_path):
+    (tmp_path / "errors.py").write_text((PACKAGE / "errors.py").read_text() + "# changed\n")
+    bind(tmp_path / "errors.py", PACKAGE / "errors.py")
+    [engine] = PACKAGE.glob(f"_engine_{'openmpi' if is_openmpi() else 'mpich'}.*")
+    (tmp_path / "engine").write_bytes(engine.read_bytes() + b" ")
+    bind(tmp_path / "engine", engine)
+    text = shell.refusal()
+    assert "\n  distributed_trainer differs: host0-" in text
+    assert "\n  the engine of distributed_trainer differs: host0-" in text
+
+
+def test_another_python(shell, bind, tmp_path):
+    """A program at the same path that says that it is Python 3.9."""
+    binary = Path(sys.executable).resolve()
+    Path(tmp_path / "python").write_bytes(binary.read_bytes())
+    fake = tmp_path / "fake"
+    code = "import sys; sys.version_info = (3, 9, 0); exec(sys.stdin.read())"
+    fake.write_text(f'#!/bin/sh\nPYTHONHOME={sys.base_prefix} exec {tmp_path}/python -c "{code}"\n')
+    for path in (fake, tmp_path / "python"):
+        path.chmod(0o755)
+    bind(fake, binary)
+    text = shell.refusal()
+    assert re.search(
+        rf"Python differs: host0-\d+ has 3\.{sys.version_info[1]} \({sys.executable}\), host1-\d+ has 3.9", text
+    )
+
+
+def test_no_python(shell, bind, tmp_path):
+    (tmp_path / "empty").mkdir()
+    bind(tmp_path / "empty", sys.prefix)
+    assert re.search(rf"host1-\d+ has no {sys.executable}. The same Python environment must lie", shell.refusal())
+
+
+def test_another_mpi(shell, bind, tmp_path):
+    """Which other library it is does not matter: one without MPI will do."""
+    library = next(path for path in Path(sys.prefix, "lib").glob("libmpi.so.*") if not path.is_symlink())
+    (tmp_path / "nothing").write_bytes(b"")
+    bind(tmp_path / "nothing", library.resolve())
+    assert re.search(r"host1-\d+ has no /\S+/libmpi\S+ that loads. Install the same MPI there", shell.refusal())
+
+
+def test_equal_host_names(shell):
+    """Open MPI hangs; MPICH does not mind, nor do we."""
+    try:
+        for host in range(2):
+            assert shell.on(host, "hostname same").returncode == 0
+        if is_openmpi():
+            assert "all call themselves same (`uname -n`). Open MPI would take them for one" in shell.refusal()
+        else:
+            result = shell.run()
+            assert result.returncode == 0, result.stderr
+            assert result.stdout.count("sum 3") == 3
+    finally:
+        for host, name in enumerate(shell.hosts.names):
+            shell.on(host, f"hostname {name}")
+
+
+def test_one_host_under_two_names(shell):
+    shell.write_hostfile("{0}:1\n10.77.0.10:1\n{1}:1\n")
+    assert re.search(r"host0-\d+, 10.77.0.10 are names of one machine. Write one", shell.refusal())
+
+
+def test_log_files(shell):
+    """Each on its rank's host: here both see the folder."""
+    result = shell.run("-x FLAVOUR=sour --log-dir logs train.py")
+    assert result.returncode == 0, result.stderr
+    for rank, host in enumerate(["host0, node 0", "host0, node 0", "host1, node 1"]):
+        assert f"host {host}, sum 3, sour" in (shell.folder / "logs" / f"rank-{rank}.log").read_text()
