@@ -2,6 +2,7 @@
 """Training loops of the user's own, with forward, backward and step: against the same loop on one process."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from distributed_trainer import MismatchError, create_distributed_trainer
+from distributed_trainer.data import part_bounds
 
 several = on_ranks(2, 3, 4, (3, 2))
 
@@ -297,22 +299,54 @@ def test_sum(world):
     trainer.close()
 
 
+class Words(nn.Module):
+    """An embedding with sparse gradients; one that only some samples look at; a dense layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(10, 4, sparse=True, dtype=F64)
+        self.rare = nn.Embedding(10, 4, sparse=True, dtype=F64)
+        self.linear = nn.Linear(4, 2, dtype=F64)
+
+    def forward(self, x):
+        words = self.words(x)
+        return self.linear(words + self.rare(x) if (x == 9).any() else words)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adagrad", "SparseAdam"])
 @mixed
-def test_sparse_gradients(world):
-    """Of an embedding; they become dense where ranks are to add them."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(10, 4, sparse=True, dtype=F64), nn.Linear(4, 2, dtype=F64))
-    reference = copy.deepcopy(model)
-    trainer = create_distributed_trainer(model)
-    optimizer, plain_optimizer = (torch.optim.SGD(net.parameters(), lr=0.1) for net in (model, reference))
-    for step in range(3):
-        x = (torch.arange(7) * (step + 3)) % 10
+def test_sparse_gradients(world, kind):
+    """They stay sparse, as optimizers for such ones want, on ranks without samples and without a gradient, too."""
+    model, reference = Words(), Words()
+    trainer = create_distributed_trainer(model, nonfinite_gradients="skip")
+    trained = slice(0, 2) if kind == "SparseAdam" else slice(None)
+    make = functools.partial(getattr(torch.optim, kind), lr=0.1)
+    optimizer, plain_optimizer = (make([*net.parameters()][trained]) for net in (model, reference))
+    for step, num_samples in enumerate([7, 7, 12, 2]):
+        x = (torch.arange(num_samples) * (step + 3)) % 9
+        x[0] = 9 if step != 1 else 0
         y = x % 2
+        pieces = [part_bounds(num_samples, number, min(1 + step, num_samples)) for number in range(1 + step)]
         plain_optimizer.zero_grad()
-        F.cross_entropy(reference(x), y).backward()
+        for start, stop in pieces:
+            for rank in range(world.size):
+                first, last = (start + bound for bound in part_bounds(stop - start, rank, world.size))
+                if last > first:  # each part by itself decides whether it looks at `rare`
+                    total = F.cross_entropy(reference(x[first:last]), y[first:last], reduction="sum") / num_samples
+                    total.backward()
         plain_optimizer.step()
         trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizer, microbatches=1 + step)
+        assert model.words.weight.grad.is_sparse
+        assert (model.rare.weight.grad is None) == (reference.rare.weight.grad is None)
     assert_same(model, reference, 1e-11)
+    weight = torch.nan if world.rank == world.size - 1 else 1.0  # a NaN in one rank's rows alone
+    before = copy.deepcopy(model)
+    optimizer.zero_grad()
+    trainer.backward(weight * F.cross_entropy(model(x), y), weight=1.0)
+    trainer.step(optimizer)
+    assert trainer.num_skipped_steps == 1
+    assert_same(model, before, 0)
     trainer.close()
 
 

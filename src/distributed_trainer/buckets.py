@@ -126,3 +126,62 @@ class Bucket:
         if self._memory is not None:
             self._group.release(self._memory)
             self._memory = None
+
+
+class SparseBucket:
+    """Sums the sparse gradients of one parameter over the ranks: `Bucket`'s interface, without memory of its own.
+
+    Args:
+        group: Of shmpi, which sums sparse tensors in the order of the ranks.
+        index: Number of the parameter.
+        parameter: Its `.grad` is what is summed.
+    """
+
+    gives_parts = False
+
+    def __init__(self, group: Any, index: int, parameter: Tensor) -> None:
+        self.indices = [index]
+        self.views = [None]
+        self._group, self._parameter = group, parameter
+        self.reset()
+
+    @property
+    def results(self) -> list[tuple[Tensor, Tensor]]:
+        """As of `Bucket`; before the first step's end, no gradient."""
+        return [(self._parameter, self._sum)]
+
+    def reset(self) -> None:
+        """Begins a step. Local."""
+        self.num_missing = 1
+        self.is_started = False
+        self._sum: Tensor | None = None
+
+    def start(self) -> None:
+        """Nothing: how much the ranks send must be agreed on, and backward does not wait for that. Local."""
+        self.is_started = True
+
+    def proceed(self) -> None:
+        """Sums. Collective, blocks."""
+        gradient = self._parameter.grad
+        if gradient is None:  # of this rank's part
+            shape = self._parameter.shape
+            no_rows = torch.empty(0, *shape[1:], dtype=self._parameter.dtype)
+            gradient = torch.sparse_coo_tensor(torch.empty(1, 0, dtype=torch.int64), no_rows, shape)
+        self._sum = gradient.detach() if gradient.is_sparse else gradient.detach().to_sparse(1)
+        self._group.allreduce([self._sum]).wait()
+
+    def finish(self, unused: Collection[int] = ()) -> None:
+        """Nothing: `proceed` has waited. Local."""
+
+    def done_at_ns(self) -> int | None:
+        """Not known. Local."""
+
+    def found_nonfinite(self) -> bool:
+        """Whether a sum is infinite or NaN, after `proceed`; the same on every rank. Local."""
+        return not is_finite(self._sum)
+
+    def forget(self) -> None:
+        """Nothing. Local."""
+
+    def close(self) -> None:
+        """Nothing. Local."""

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import gather_objects, message_device
-from .buckets import Bucket, is_finite
+from .buckets import Bucket, SparseBucket, is_finite
 from .compression import LowRankBucket, PowerSGD, is_compressed
 from .compression import make_bucket as compression_bucket
 from .errors import DistributedTrainerError, MismatchError
@@ -49,6 +49,7 @@ class _State:
     parameter: nn.Parameter
     bucket: int = -1
     view: Tensor | None = None
+    """Its place in the bucket; a sparse gradient has none, and stays in `.grad`."""
     has_gradient: bool = False
     """It is in its bucket, or in the first step in `.grad`."""
     has_arrived: bool = False
@@ -89,10 +90,11 @@ class GradientSum:
         self.found_nonfinite = False
         self.recorder: Recorder | None = None
         self._compression = compression
+        self._sums_sparse = make_bucket is None
         self._states = [_State(name, parameter) for name, parameter in parameters]
         self._index = {id(state.parameter): index for index, state in enumerate(self._states)}
         self._trainable: list[bool] = []
-        self._buckets: list[Bucket | LowRankBucket] = []
+        self._buckets: list[Bucket | LowRankBucket | SparseBucket] = []
         self._arrivals: list[int] = []
         self._earlier: list[tuple[Tensor, Tensor]] = []
         self._num_started = 0
@@ -178,6 +180,8 @@ class GradientSum:
             bucket = self._buckets[number]
             for index, view in zip(bucket.indices, bucket.views, strict=True):
                 state = self._states[index]
+                if view is None:
+                    continue
                 if not state.has_gradient:
                     view.zero_()
                 elif state.parameter.grad is not view:  # of the first step
@@ -271,7 +275,7 @@ class GradientSum:
             state.parameter.grad = None
             if state.has_arrived:
                 return
-            if self._buckets and not state.has_gradient:
+            if self._buckets and not state.has_gradient and state.view is not None:
                 state.view.zero_()
         elif state.has_arrived:
             # A second contribution of the same backward, as with reentrant checkpointing. Autograd has added it to
@@ -304,10 +308,12 @@ class GradientSum:
         bucket = self._buckets[number]
         if self.recorder is not None:
             names = [self._states[index].name for index in bucket.indices]
-            self.recorder.bucket_started(number, names, sum(view.nbytes for view in bucket.views))
+            self.recorder.bucket_started(number, names, sum(view.nbytes for view in bucket.views if view is not None))
         bucket.start()
 
-    def _take(self, state: _State, view: Tensor) -> None:
+    def _take(self, state: _State, view: Tensor | None) -> None:
+        if view is None:
+            return  # a sparse gradient, which stays where it is
         gradient = state.parameter.grad
         if gradient.is_sparse:
             gradient = gradient.to_dense()
@@ -328,8 +334,9 @@ class GradientSum:
             (state.name, tuple(state.parameter.shape), state.parameter.dtype, needed)
             for state, needed in zip(self._states, self._trainable, strict=True)
         ]
-        gathered = gather_objects(self._group, (self._arrivals, layout, self._settings))
-        for rank, (_, other, settings) in enumerate(gathered):
+        sparse = {index for index in self._arrivals if self._is_sum_sparse(index)}
+        gathered = gather_objects(self._group, (self._arrivals, layout, self._settings, sparse))
+        for rank, (_, other, settings, _) in enumerate(gathered):
             if other != gathered[0][1]:
                 raise MismatchError(_difference(rank, gathered[0][1], other))
             for name, value in settings.items():
@@ -340,12 +347,27 @@ class GradientSum:
                     )
         order = gathered[0][0]
         order = order + [index for index in reversed(trainable) if index not in set(order)]
+        for index in sorted(set().union(*(row[3] for row in gathered))):
+            order.remove(index)
+            self._states[index].bucket = len(self._buckets)
+            self._buckets.append(SparseBucket(self._group, index, self._states[index].parameter))
         for run in self._runs(order):
             parameters = [self._states[index].parameter for index in run]
             bucket = self._make_bucket(self._group, run, parameters, check_finite=self._check_finite)
             for index, view in zip(run, bucket.views, strict=True):
                 self._states[index].bucket, self._states[index].view = len(self._buckets), view
             self._buckets.append(bucket)
+
+    def _is_sum_sparse(self, index: int) -> bool:
+        """Whether the parameter's gradient of the first step is sparse, and the group sums such ones. Local."""
+        parameter = self._states[index].parameter
+        return (
+            parameter.grad is not None
+            and parameter.grad.is_sparse
+            and parameter.grad.is_cpu
+            and self._sums_sparse
+            and hasattr(self._group, "allocate")
+        )
 
     def _runs(self, order: list[int]) -> Iterable[list[int]]:
         """Cuts the order, within each kind of parameter, into pieces of about BUCKET_BYTES."""
