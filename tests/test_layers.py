@@ -23,7 +23,8 @@ trainer
 own_loop
 agreement
 balance share advice evaluate loader memory profile replica reporting timing
-clocks criterion reproducible
+drift clocks criterion
+reproducible
 data batchnorm direct alignment sharding
 gradients
 options

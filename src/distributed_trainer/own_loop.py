@@ -140,10 +140,10 @@ class OwnLoop:
         *,
         clip_norm: float | None = None,
     ) -> Tensor | None:
-        """`optimizer.step(closure)` in a loop of your own, after `backward`. Collective with `shard_optimizer=True`.
+        """`optimizer.step(closure)` in a loop of your own, after `backward`. Collective.
 
         Without sharding, a plain `optimizer.step()` or GradScaler's does as well: all ranks have the same gradients.
-        This adds clipping and `nonfinite_gradients`.
+        This adds clipping, `nonfinite_gradients`, and in every hundredth step a comparison of the ranks' weights.
 
         Args:
             optimizer: Of the model's parameters, or of some of them.
@@ -157,7 +157,7 @@ class OwnLoop:
         Raises:
             TypeError, ValueError: An argument is not what is described here, or the last `backward` was inside
                 `no_sync`.
-            FloatingPointError: As `train_step`.
+            FloatingPointError, MismatchError: As `train_step`.
         """
         self._check_open()
         self._check_optimizer(optimizer)

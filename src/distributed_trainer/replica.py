@@ -17,6 +17,7 @@ from .backend import gather_objects
 from .batchnorm import GlobalBatchNorm
 from .data import map_tensors
 from .direct import DirectLinear
+from .drift import DriftCheck
 from .gradients import GradientSum
 from .options import TrainerOptions
 from .reproducible import ShardBuffers, ShardStreams, ShardSum, check_computers, own_shards
@@ -54,6 +55,7 @@ class Replica:
         align_models(model, self._group)
         align_random_states(self._group, alike=options.split_batches)
         self._set_up(gradient_group)
+        self._drift = DriftCheck(model, self._group, device)
 
     def _set_up(self, gradient_group: Any) -> None:
         self._sharded = None
@@ -148,13 +150,14 @@ class Replica:
         clip_norm: float | None,
         closure: Callable[[], Any] | None = None,
     ) -> bool:
-        """Lets the optimizer step, if the gradients are finite. Collective with a sharded optimizer.
+        """Lets the optimizer step, if the gradients are finite. Collective with a sharded optimizer, or to find drift.
 
         Returns:
             Whether it has.
 
         Raises:
             FloatingPointError: They are not, and the user wants to know. The same on every rank.
+            MismatchError: The weights of some ranks are others. The same on every rank.
         """
         self.num_steps += 1
         if self._nonfinite_name is not None:
@@ -169,6 +172,7 @@ class Replica:
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
                 self.gradient_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
             optimizer.step() if closure is None else optimizer.step(closure)  # not every step() takes one
+        self._drift.check(self.num_steps)
         return True
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, is_known: bool) -> set[int]:

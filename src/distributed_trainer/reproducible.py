@@ -357,7 +357,7 @@ def check_computers(group: Any, environ: Mapping[str, str], cpu: str | None = No
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         **{name: environ.get(name, "not set") for name in INSTRUCTION_VARIABLES},
-        "CPU": cpu or _instruction_sets(),
+        "CPU": cpu or instruction_sets(),
     }
     gathered = gather_objects(group, own)
     is_forced = all(own[name] != "not set" for name in INSTRUCTION_VARIABLES)
@@ -377,7 +377,7 @@ def check_computers(group: Any, environ: Mapping[str, str], cpu: str | None = No
             )
 
 
-def _instruction_sets() -> str:
+def instruction_sets() -> str:
     """Vendor and instruction sets of this CPU, of those by which torch's libraries choose their code."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()

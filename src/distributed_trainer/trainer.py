@@ -138,7 +138,7 @@ class DistributedTrainer(OwnLoop):
         Raises:
             TypeError, ValueError: An argument is not what is described here. Raised before any communication.
             MismatchError: With whole batches, the ranks' batches differ. The same on every rank, before any has
-                changed its parameters.
+                changed its parameters. Or, in every hundredth step and after it, the ranks' weights differ.
             FloatingPointError: A gradient is infinite or NaN, with `nonfinite_gradients="raise"`. The same on every
                 rank; no parameter has changed, and training can go on.
             torch.OutOfMemoryError: With `microbatches="auto"`, a single sample is too large for some rank. The same on
