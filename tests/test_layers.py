@@ -29,7 +29,8 @@ job
 inner
 backend
 work
-store devices launch
+store devices versions
+launch
 library
 errors
 """.split("\n")[1:-1]

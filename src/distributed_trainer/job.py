@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch._C._dynamo import eval_frame
 
-from . import devices, launch, library
+from . import devices, launch, library, versions
 from .backend import ProcessGroupShmpi, gather_objects
-from .errors import LaunchError
+from .errors import LaunchError, MismatchError
 from .inner import ProcessGroupShmpiWithInner
 from .store import MPIStore
 from .work import Work
@@ -117,6 +117,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     Raises:
         MPINotFoundError: No MPI library, or none that fits.
         LaunchError: The processes were not started as one MPI job, or not as the script asks.
+        MismatchError: Machines run different versions. The same on every rank.
     """
     global _job_of_world
     if launch.in_data_worker():
@@ -142,9 +143,15 @@ def start(num_gpus: int | None, comm: Any) -> Job:
 
     launch.skip_network_search()
     devices.keep_freed_memory(os.environ)
-    engine = module.Engine(_address_of(comm), int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0")))
+    introductions, initialized_mpi = module.introduce(_address_of(comm), versions.introduce(module))
     world_rank, world_size = module.world_rank_and_size()
     launch.check_world_size(launcher, world_size, mpi)
+    try:
+        versions.check_alike(introductions)
+    except MismatchError as error:
+        launch.raise_once(error, launcher)
+    ranks_per_node = int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0"))
+    engine = module.Engine(_address_of(comm), ranks_per_node, initialized_mpi=initialized_mpi)
     if not _jobs:
         launch.mark_rank()
         atexit.register(_close_all, os.getpid())
