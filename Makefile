@@ -16,7 +16,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
 # Tests of what is above the engine run under one MPI.
 ANY_MPI := batchnorm compression criterion data ddp devices direct direct_linear evaluate fsdp functional gradients \
-	layers loader microbatches misuse mixed_precision nonfinite operations own_loop parallel public_api readme \
+	layers loader microbatches misuse mixed_precision mpi_environment nonfinite operations own_loop parallel public_api readme \
 	reproducible reporting sharding state timeouts timing versions wire_dtype works
 
 .PHONY: help demo test test-engine test-engine-threads test-long lint bench docs-table build build-openmpi build-mpich \

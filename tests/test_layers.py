@@ -29,7 +29,7 @@ job
 inner
 backend
 work
-store devices versions
+store devices versions mpi_environment
 launch
 library
 errors

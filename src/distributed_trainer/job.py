@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch._C._dynamo import eval_frame
 
-from . import devices, launch, library, versions
+from . import devices, launch, library, mpi_environment, versions
 from .backend import ProcessGroupShmpi, gather_objects
 from .errors import LaunchError, MismatchError
 from .inner import ProcessGroupShmpiWithInner
@@ -142,6 +142,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
         launch.restart_under_mpirun(num_ranks, mpi)
 
     launch.skip_network_search()
+    mpi_environment.prepare(os.environ, launcher, mpi.family)
     devices.keep_freed_memory(os.environ)
     introductions, initialized_mpi = module.introduce(_address_of(comm), versions.introduce(module))
     world_rank, world_size = module.world_rank_and_size()
