@@ -164,18 +164,21 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     local_ranks = [rank for rank, node in enumerate(nodes) if node == nodes[engine.rank]]
     local_rank = local_ranks.index(engine.rank)
     first_group = ProcessGroupShmpi(engine.create_group(list(range(engine.size))), module.ReduceOp)
-    visible = gather_objects(first_group, devices.visible_devices())
+    cores = [set(engine.cores_of(rank)) for rank in local_ranks]
+    threads = devices.fit_threads(cores, local_rank, os.environ, launch.cpus_of_launcher(launcher))
+    visible, warnings = zip(*gather_objects(first_group, (devices.visible_devices(), threads.warning)), strict=True)
     local_visible = [visible[rank] for rank in local_ranks]
     num_visible = len({name for names in local_visible for name in names})
     _, notice = devices.resolve_num_gpus(num_gpus, len(local_ranks) if launcher else None, num_visible)
     accelerator = torch.accelerator.current_accelerator()
     device = devices.pick_device(local_visible, local_rank, accelerator.type if accelerator else "cpu")
-    cores = [set(engine.cores_of(rank)) for rank in local_ranks]
-    threads = devices.fit_threads(cores, local_rank, os.environ, launch.cpus_of_launcher(launcher))
     if threads.number is not None and engine.size > 1:
         torch.set_num_threads(threads.number)
     if engine.rank == 0:
-        for line in filter(None, [notice, threads.warning]):
+        badly_bound = list(filter(None, (warnings[nodes.index(node)] for node in range(max(nodes) + 1))))
+        if len(badly_bound) > 1:
+            badly_bound = [f"{badly_bound[0]} (and so on {len(badly_bound) - 1} more)"]
+        for line in filter(None, [notice, *badly_bound]):
             logger.warning(line)
     job = Job(engine, module, nodes, device, _summary(module, nodes, device, threads.text))
     _jobs.append(job)
