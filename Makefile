@@ -16,8 +16,10 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
 # Tests of what is above the engine run under one MPI.
 ANY_MPI := batchnorm compression criterion data ddp devices direct direct_linear evaluate fsdp functional gradients \
-	layers loader microbatches misuse mixed_precision mpi_environment nonfinite operations own_loop parallel public_api readme \
-	reproducible reporting sharding state timeouts timing versions wire_dtype works
+	layers loader microbatches misuse mixed_precision mpi_environment nonfinite operations own_loop parallel \
+	public_api readme reproducible reporting sharding state timeouts timing versions wire_dtype works
+# Long tests that run under both: they start ranks on several hosts, or where MPI has trouble.
+LONG_BOTH_MPI := two_hosts slurm wrong_setups
 
 .PHONY: help demo test test-engine test-engine-threads test-long lint bench docs-table build build-openmpi build-mpich \
 	wheel clean
@@ -43,8 +45,9 @@ test-engine-threads: .venv/.installed  ## C++ tests of where threads meet, under
 	.venv/bin/cmake --build build/tsan
 	build/tsan/engine_tests engine:
 
-test-long: build wheel test-engine-threads .venv/.frameworks  ## Tests that take minutes: installations, chroots, threads
+test-long: build wheel test-engine-threads .venv/.frameworks  ## Tests that take minutes: installations, hosts, Slurm, threads
 	.venv/bin/python -m pytest -m long
+	.venv-mpich/bin/python -m pytest -m 'long and not any_mpi' $(patsubst %,tests/test_%_long.py,$(LONG_BOTH_MPI))
 
 lint: .venv/.installed  ## Style of the Python sources
 	.venv/bin/ruff check .
