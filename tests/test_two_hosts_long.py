@@ -1,49 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks on hosts that share no memory, made of namespaces: what pretended nodes within one launch can't show."""
+"""Training on hosts that share no memory, made of namespaces, with the MPI of this environment."""
 
-import os
-import sys
+import functools
 
 import pytest
-from hosts import Hosts, why_not
+from hosts import Hosts, require
+from on_hosts import OWN, run_tests
+from sshd import sshd
 
 pytestmark = pytest.mark.long
 
-RANK = """
-import sys, torch
-from distributed_trainer import job as jobs
-
-job, mib = jobs.start(None, None), int(sys.argv[1])
-group = job.create_group()
-nodes = [int(word) for word in sys.argv[2].split(",")]
-assert job.node_of_rank == nodes, job.node_of_rank
-buffer = group.allocate(mib << 20).view(torch.float32)
-before = job.engine.counters()["bytes_sent"]
-for _ in range(2):
-    buffer.copy_(torch.arange(len(buffer)) % 1000 + job.rank)
-    group.allreduce([buffer]).wait()
-    wanted = torch.arange(len(buffer)) % 1000 * job.engine.size + sum(range(job.engine.size))
-    assert torch.equal(buffer, wanted.float())
-print("sent", job.engine.counters()["bytes_sent"] - before, flush=True)
-"""
+# Of those that run on one machine: training beside one process, with the same bits, from a loader, and evaluation.
+TESTS = {
+    4: [
+        "tests/test_exactness.py::test_fifty_steps[4-ranks-adam]",
+        "tests/test_exactness.py::test_fifty_steps_with_batchnorm[4-ranks-sgd]",
+        "tests/test_reproducible.py::test_batches[4-ranks-2-per-node-8]",
+        "tests/test_loader.py::test_training[4-ranks-2-per-node-NormNet]",
+        "tests/test_evaluate.py::test_loss[4-ranks-2-per-node-(13, 4)-weights]",
+    ],
+    3: [
+        "tests/test_exactness.py::test_fifty_steps[3-ranks-adam]",
+        "tests/test_exactness.py::test_batchnorm_with_empty_parts[3-ranks]",
+        "tests/test_reproducible.py::test_batches[3-ranks-8]",
+    ],
+}
 
 
-@pytest.mark.parametrize("ranks_of_host", [(1, 1), (2, 2), (2, 1)])
-def test_all_reduce(ranks_of_host):
-    """Right sums; ranks of a host found by mapping memory; each byte crosses once each way, not once per rank."""
-    if reason := why_not():
-        assert "CI" not in os.environ, reason  # there it would be missed
-        pytest.skip(reason)
-    nodes = ",".join(str(host) for host, count in enumerate(ranks_of_host) for _ in range(count))
-    with Hosts(2) as hosts:
-        sent = {}
-        for mib in (1, 9):
-            before = hosts.bytes_sent()
-            process = hosts.mpirun(ranks_of_host, [sys.executable, "-c", RANK, str(mib), nodes], capture=True)
-            output, _ = process.communicate(timeout=60)
-            assert process.returncode == 0
-            counted = [int(line.split()[1]) for line in output.decode().splitlines() if line.startswith("sent")]
-            assert sum(counted) == 2 * 2 * mib << 20  # two calls, two hosts
-            sent[mib] = [after - start for after, start in zip(hosts.bytes_sent(), before, strict=True)]
-        for small, large in zip(sent[1], sent[9], strict=True):  # the difference leaves out the start of the ranks
-            assert 2 * 8 << 20 <= large - small < 1.1 * (2 * 8 << 20)
+@pytest.fixture(scope="module")
+def hosts():
+    require()
+    with Hosts(3) as hosts:
+        yield hosts
+
+
+@pytest.mark.parametrize("ranks_of_host", [(2, 2, 0), (1, 1, 1), (2, 1, 0)], ids=str)
+def test_training(hosts, ranks_of_host, tmp_path):
+    start = functools.partial(hosts.mpirun, ranks_of_host, capture=True)
+    run_tests(start, ranks_of_host, [*OWN, *TESTS[sum(ranks_of_host)]], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ssh(hosts):
+    require("sshd")
+    with sshd(hosts):
+        yield
+
+
+def test_by_ssh(hosts, ssh, tmp_path):
+    """An sshd on each host, and keys; mpirun gets no option that has to do with it."""
+    start = functools.partial(hosts.mpirun, (1, 1, 0), capture=True, by_ssh=True)
+    run_tests(start, (1, 1, 0), [*OWN, "tests/test_exactness.py::test_fifty_steps[2-ranks-adam]"], tmp_path)
+
+
+def test_in_pbs(hosts, ssh, tmp_path):
+    """mpirun takes the hosts from the node file that PBS leaves for a job, and reaches them by ssh."""
+    nodes = tmp_path / "nodes"
+    first, second, _ = hosts.names
+    nodes.write_text(f"{first}\n{first}\n{second}\n")
+    job = {"PBS_JOBID": "7.server", "PBS_ENVIRONMENT": "PBS_BATCH", "PBS_NODEFILE": str(nodes)}
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    start = functools.partial(hosts.mpirun, (2, 1, 0), capture=True, by_ssh=True, hostfile=False, **job)
+    run_tests(start, (2, 1, 0), OWN[:1], folder)

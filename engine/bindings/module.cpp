@@ -10,11 +10,15 @@
 
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <utility>
 
 #include "bindings/gil.hpp"
 #include "bindings/group.hpp"
 #include "collectives/errors.hpp"
+#include "engine_version.hpp"
 #include "kernels/reduce.hpp"
+#include "mpi/introduction.hpp"
 #include "mpi/library.hpp"
 #include "mpi/mailbox.hpp"
 #include "runtime/watchdog.hpp"
@@ -86,12 +90,13 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
   nb::class_<Engine>(m, "Engine")
       .def(
           "__init__",
-          [](Engine* self, std::uintptr_t communicator_address, int max_ranks_per_node, std::optional<int> numa_node) {
+          [](Engine* self, std::uintptr_t communicator_address, int max_ranks_per_node, std::optional<int> numa_node,
+             bool initialized_mpi) {
             const GilRelease release;
-            new (self) Engine({communicator_address, max_ranks_per_node, numa_node});
+            new (self) Engine({communicator_address, max_ranks_per_node, numa_node, initialized_mpi});
           },
           nb::arg("communicator_address") = 0, nb::arg("max_ranks_per_node") = 0,
-          nb::arg("numa_node") = nb::none(),
+          nb::arg("numa_node") = nb::none(), nb::arg("initialized_mpi") = false,
           "Initialises MPI unless that was done. Collective over the communicator, blocks.")
       .def_prop_ro("rank", &Engine::rank)
       .def_prop_ro("size", &Engine::size)
@@ -123,6 +128,17 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
            "Collective over all ranks, blocks.")
       .def("close", &Engine::close, nb::call_guard<GilRelease>());
 
+  m.attr("engine_version") = ENGINE_VERSION;
+  m.def(
+      "introduce",
+      [](std::uintptr_t communicator_address, const std::string& own) {
+        const GilRelease release;
+        mpi::Introductions introductions = mpi::introduce(communicator_address, own);
+        return std::pair(std::move(introductions.texts), introductions.initialized_mpi);
+      },
+      nb::arg("communicator_address"), nb::arg("own"),
+      "Gathers a text of every rank, before there is an engine; also says whether this has initialised MPI. Collective "
+      "over the communicator, blocks.");
   m.def("world_rank_and_size", &mpi::world_rank_and_size, "Of the launch, whatever the engine's communicator.");
   m.def("library_version", &mpi::library_version);
   m.def("kernel_isa", &kernel_isa);

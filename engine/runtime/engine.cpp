@@ -55,7 +55,7 @@ constexpr int group_tag = 1;
 }  // namespace
 
 Engine::Engine(const EngineOptions& options)
-    : initialized_mpi_(mpi::initialize()),
+    : initialized_mpi_(mpi::initialize() || options.initialized_mpi),
       world_(mpi::Communicator::duplicate(options.communicator_address)),
       max_tag_(world_.max_tag()),
       owner_pid_(getpid()) {

@@ -31,6 +31,7 @@ struct EngineOptions {
   std::uintptr_t communicator_address = 0;  // of an MPI_Comm to duplicate; 0 for the world
   int max_ranks_per_node = 0;               // > 0: pretend nodes of so many ranks, for tests
   std::optional<int> numa_node = std::nullopt;  // pretend that this rank's processors are this NUMA node's, for tests
+  bool initialized_mpi = false;  // introduce() has done it, so that it is this engine's to finalise
 };
 
 class Engine {

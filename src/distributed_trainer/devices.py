@@ -156,7 +156,7 @@ def fit_threads(
     if idle:
         shared = " (several to one core)" if max(users.values()) > 1 else ""
         warning = (
-            f"the launcher binds the {len(cores_of_ranks)} rank(s) of this machine to {num_cores} of its "
+            f"the launcher binds the {len(cores_of_ranks)} rank(s) on {os.uname().nodename} to {num_cores} of its "
             f"{num_cores + len(idle)} cores{shared}; mpirun --bind-to none lets them use all"
         )
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

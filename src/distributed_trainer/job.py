@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch._C._dynamo import eval_frame
 
-from . import devices, launch, library, mpirun
+from . import devices, launch, library, mpi_environment, mpirun, versions
 from .backend import ProcessGroupShmpi, gather_objects
-from .errors import LaunchError
+from .errors import LaunchError, MismatchError
 from .inner import ProcessGroupShmpiWithInner
 from .store import MPIStore
 from .work import Work
@@ -117,6 +117,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     Raises:
         MPINotFoundError: No MPI library, or none that fits.
         LaunchError: The processes were not started as one MPI job, or not as the script asks.
+        MismatchError: Machines run different versions. The same on every rank.
     """
     global _job_of_world
     if launch.in_data_worker():
@@ -141,10 +142,17 @@ def start(num_gpus: int | None, comm: Any) -> Job:
         launch.restart_under_mpirun(num_ranks, mpi)
 
     mpirun.skip_network_search()
+    mpi_environment.prepare(os.environ, launcher, mpi.family)
     devices.keep_freed_memory(os.environ)
-    engine = module.Engine(_address_of(comm), int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0")))
+    introductions, initialized_mpi = module.introduce(_address_of(comm), versions.introduce(module))
     world_rank, world_size = module.world_rank_and_size()
     launch.check_world_size(launcher, world_size, mpi)
+    try:
+        versions.check_alike(introductions)
+    except MismatchError as error:
+        launch.raise_once(error, launcher)
+    ranks_per_node = int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0"))
+    engine = module.Engine(_address_of(comm), ranks_per_node, initialized_mpi=initialized_mpi)
     if not _jobs:
         launch.mark_rank()
         atexit.register(_close_all, os.getpid())
@@ -156,18 +164,21 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     local_ranks = [rank for rank, node in enumerate(nodes) if node == nodes[engine.rank]]
     local_rank = local_ranks.index(engine.rank)
     first_group = ProcessGroupShmpi(engine.create_group(list(range(engine.size))), module.ReduceOp)
-    visible = gather_objects(first_group, devices.visible_devices())
+    cores = [set(engine.cores_of(rank)) for rank in local_ranks]
+    threads = devices.fit_threads(cores, local_rank, os.environ, launch.cpus_of_launcher(launcher))
+    visible, warnings = zip(*gather_objects(first_group, (devices.visible_devices(), threads.warning)), strict=True)
     local_visible = [visible[rank] for rank in local_ranks]
     num_visible = len({name for names in local_visible for name in names})
     _, notice = devices.resolve_num_gpus(num_gpus, len(local_ranks) if launcher else None, num_visible)
     accelerator = torch.accelerator.current_accelerator()
     device = devices.pick_device(local_visible, local_rank, accelerator.type if accelerator else "cpu")
-    cores = [set(engine.cores_of(rank)) for rank in local_ranks]
-    threads = devices.fit_threads(cores, local_rank, os.environ, launch.cpus_of_launcher(launcher))
     if threads.number is not None and engine.size > 1:
         torch.set_num_threads(threads.number)
     if engine.rank == 0:
-        for line in filter(None, [notice, threads.warning]):
+        badly_bound = list(filter(None, (warnings[nodes.index(node)] for node in range(max(nodes) + 1))))
+        if len(badly_bound) > 1:
+            badly_bound = [f"{badly_bound[0]} (and so on {len(badly_bound) - 1} more)"]
+        for line in filter(None, [notice, *badly_bound]):
             logger.warning(line)
     job = Job(engine, module, nodes, device, _summary(module, nodes, device, threads.text))
     _jobs.append(job)

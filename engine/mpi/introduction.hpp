@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the ranks say of themselves before anything else passes between them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace dtrain::mpi {
+
+// The same in every version, or versions that differ could not tell each other so.
+inline constexpr std::size_t introduction_bytes = 1024;
+
+struct Introductions {
+  std::vector<std::string> texts;  // of each rank
+  bool initialized_mpi;            // this call did it
+};
+
+// Collective over the communicator (see Communicator::duplicate), blocks. Initialises MPI unless that has been done.
+// `own` has no zero bytes and at most introduction_bytes; throws Error for more.
+Introductions introduce(std::uintptr_t communicator_address, const std::string& own);
+
+}  // namespace dtrain::mpi

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each rank runs, compared before anything else passes between the ranks.
+
+Machines whose installations differ would fail later, and oddly: at a message that one side does not know, or with
+results that differ.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import MismatchError
+
+_NUM_NAMED_HOSTS = 3  # in a message; the others are counted
+_MAX_CHARACTERS = 80  # of a fact: all of them must fit the engine's introduction_bytes
+
+
+def introduce(module: Any) -> str:
+    """Says what this process runs, for `check_alike` on every rank. Local.
+
+    Args:
+        module: The engine's.
+    """
+    facts = {
+        "host": os.uname().nodename,
+        "distributed_trainer": _package_version(),
+        "its engine": module.engine_version,
+        "MPI": " ".join(module.library_version().split(",")[0].split()),
+        # What is left out makes no difference that matters: bug fixes of Python, and for which devices torch was built.
+        "Python": ".".join(map(str, sys.version_info[:2])),
+        "torch": torch.__version__.partition("+")[0],
+    }
+    return json.dumps({name: fact[:_MAX_CHARACTERS] for name, fact in facts.items()})
+
+
+def check_alike(introductions: Sequence[str]) -> None:
+    """Compares what all ranks run. Local.
+
+    Args:
+        introductions: Of each rank, which may be from another version of `introduce`.
+
+    Raises:
+        MismatchError: Ranks differ. The same on every rank.
+    """
+    ranks = [json.loads(text) for text in introductions]
+    names = list(dict.fromkeys(name for facts in ranks for name in facts if name != "host"))
+    differences = [f"\n  {name}: {_by_value(name, ranks)}" for name in names if len({r.get(name) for r in ranks}) > 1]
+    if differences:
+        raise MismatchError(
+            f"the machines of this job run different software, so their ranks can't work together:"
+            f"{''.join(differences)}\nInstall the same on all: one wheel of distributed_trainer, or one checkout built "
+            f"again on each, and one version of torch, Python and MPI."
+        )
+
+
+def _by_value(name: str, ranks: Sequence[dict[str, str]]) -> str:
+    hosts: dict[str, list[str]] = {}
+    for facts in ranks:
+        of_value = hosts.setdefault(facts.get(name, "unknown"), [])
+        if facts["host"] not in of_value:
+            of_value.append(facts["host"])
+    parts = []
+    for value, where in hosts.items():
+        others = f" and {len(where) - _NUM_NAMED_HOSTS} more" if len(where) > _NUM_NAMED_HOSTS else ""
+        parts.append(f"{value} on {', '.join(where[:_NUM_NAMED_HOSTS])}{others}")
+    return "; ".join(parts)
+
+
+@functools.cache
+def _package_version() -> str:
+    """The version, and a digest of the sources: those of a checkout change without it."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for file in sorted(folder.rglob("*.py")):
+        digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    try:
+        version = metadata.version("distributed_trainer")
+    except metadata.PackageNotFoundError:
+        version = "checkout"
+    return f"{version} (sources {digest.hexdigest()[:12]})"

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests for the ranks of several hosts, and how to run tests there; pytest collects them only when named.
+
+TEST_NODES tells the ranks what to expect: the number of each one's host.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from ranks import on_ranks
+from torch import nn
+
+from distributed_trainer import create_distributed_trainer
+from distributed_trainer import job as jobs
+
+MIB = 1 << 20
+OWN = ["tests/on_hosts.py::test_nodes[{}-ranks]", "tests/on_hosts.py::test_wire[{}-ranks]"]
+
+
+def run_tests(
+    start: Callable[..., "subprocess.Popen[bytes]"],
+    ranks_of_host: Sequence[int],
+    tests: Sequence[str],
+    folder: Path,
+    timeout_seconds: float = 100,
+) -> str:
+    """Runs tests on ranks as ranks.py does, but started by the caller, and returns what the launcher printed.
+
+    Args:
+        start: Given a command and variables, starts it on all ranks, with its output in a pipe.
+        ranks_of_host: What it starts.
+        tests: Their ids; {} stands for the number of ranks.
+        folder: An empty one.
+        timeout_seconds: For all of it.
+    """
+    (folder / "tests.txt").write_text("\n".join(test.format(sum(ranks_of_host)) for test in tests))
+    nodes = [str(host) for host, count in enumerate(filter(None, ranks_of_host)) for _ in range(count)]
+    variables = {"TEST_RANKS_FOLDER": str(folder), "TEST_NODES": ",".join(nodes)}
+    variables["OMP_NUM_THREADS"] = "1"  # each host believes that all cores of this machine are its own
+    process = start([sys.executable, ranks.__file__], **variables)
+    try:
+        output = process.communicate(timeout=timeout_seconds)[0].decode()
+    except subprocess.TimeoutExpired:
+        ranks.end(process)
+        output = process.communicate()[0].decode() + "\nthe ranks did not end"
+    failures = []
+    for file in sorted(folder.glob("test-*.json")):
+        reports = [pytest.TestReport._from_json(data) for data in json.loads(file.read_text())]
+        failures += [report.longreprtext for report in reports if report.failed]
+    num_reports = len(list(folder.glob("test-*.json")))
+    logs = [file.read_text() for file in sorted(folder.glob("rank-*.log"))]
+    assert process.returncode == 0, "\n".join([*failures, *logs, output])
+    assert num_reports == len(nodes) * len(tests)
+    return output
+
+
+def bytes_sent() -> int:
+    """What this host has sent over its link, with all headers."""
+    (line,) = (line for line in Path("/proc/self/net/dev").read_text().splitlines() if "eth0:" in line)
+    return int(line.partition(":")[2].split()[8])
+
+
+def check_wire(world, job, num_bytes: int, call: Callable[[], object], num_calls: int = 2) -> None:
+    """Each byte of `num_bytes` crosses once each way per host in each call, not once per rank."""
+    call()
+    world.comm.Barrier()
+    before, counted_before = bytes_sent(), job.engine.counters()["bytes_sent"]
+    world.comm.Barrier()
+    for _ in range(num_calls):
+        call()
+    counted = job.engine.counters()["bytes_sent"] - counted_before
+    world.comm.Barrier()
+    on_wire = bytes_sent() - before
+    num_hosts = max(job.node_of_rank) + 1
+    # Each host sends its part of the sum to be made, and later its part of the result.
+    wanted = num_calls * 2 * num_bytes * (num_hosts - 1) / num_hosts
+    assert wanted <= on_wire <= 1.1 * wanted
+    total = sum(world.gather(counted))
+    assert num_hosts * wanted <= total <= 1.001 * num_hosts * wanted  # the trainer sends the loss as well
+
+
+def nodes() -> list[int]:
+    return [int(number) for number in os.environ["TEST_NODES"].split(",")]
+
+
+@on_ranks(2, 3, 4)
+def test_nodes(world):
+    """The ranks of a host have memory in common, those of two hosts none; the start-up line says what was found."""
+    job = jobs.start(None, None)
+    assert job.node_of_rank == nodes()
+    names = world.gather(os.uname().nodename)
+    assert [names.index(name) for name in names] == [nodes().index(node) for node in nodes()]
+    group = world.group()
+    memory = group.allocate(MIB)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/memfd:dtrain" in line]
+    inodes = world.gather({words[4] for words in lines})
+    for rank, own in enumerate(inodes):
+        for peer, others in enumerate(inodes):
+            assert bool(own & others) == (nodes()[rank] == nodes()[peer]), (rank, peer)
+    num_hosts = max(nodes()) + 1
+    what = "shared memory" if num_hosts == 1 else "shared memory and, between machines, MPI"
+    machines = f"{num_hosts} machine{'s' if num_hosts > 1 else ''}"
+    assert f"{world.size} ranks on {machines}, " in job.summary
+    assert job.summary.endswith(f"over {what}")
+    del memory
+
+
+@on_ranks(2, 3, 4)
+def test_wire(world):
+    """A bucket of one's own, and those of a training step."""
+    job = jobs.start(None, None)
+    group = world.group()
+    buffer = group.allocate(6 * MIB).view(torch.float32)
+    index = torch.arange(len(buffer)) % 1000
+
+    def all_reduce():
+        buffer.copy_(index + world.rank)
+        group.allreduce([buffer]).wait()
+        assert torch.equal(buffer, (index * world.size + sum(range(world.size))).float())
+
+    check_wire(world, job, 6 * MIB, all_reduce)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(2)))
+    trainer = create_distributed_trainer(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.randn(8, 1024), torch.randn(8, 1024)
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    check_wire(world, job, num_bytes, lambda: trainer.train_step(x, y, nn.MSELoss(), optimizer))
+    trainer.close()

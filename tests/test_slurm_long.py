@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training in Slurm on two hosts made of namespaces, with the MPI of this environment."""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hosts import Hosts, require
+from on_hosts import OWN, run_tests
+from ranks import is_openmpi, mpirun_path
+from slurm import PROGRAMS, slurm
+
+from distributed_trainer.launch import mpirun_environment
+
+pytestmark = pytest.mark.long
+
+ROOT = Path(__file__).parents[1]
+LAYOUT = ["--nodes=2", "--ntasks-per-node=2"]
+EXACT = ["tests/test_exactness.py::test_fifty_steps[4-ranks-adam]"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    require(*PROGRAMS)
+    with Hosts(2) as hosts, slurm(hosts) as cluster:
+        yield cluster
+
+
+def own_mpirun():
+    """Without a hostfile: it asks Slurm. One that binds would take the cores to be those of the node's CPUs."""
+    return [mpirun_path(), *(["--bind-to", "none"] if is_openmpi() else [])]
+
+
+def test_srun(cluster, tmp_path):
+    """With a process manager that MPI understands; and nothing is said of ways to sign on that PMIx lacks."""
+    manager = "pmix" if is_openmpi() else "pmi2"
+    command = ["srun", f"--mpi={manager}", *LAYOUT]
+    output = run_tests(
+        lambda ranks, **variables: cluster.start([*command, *ranks], **variables), (2, 2), [*OWN, *EXACT], tmp_path
+    )
+    assert "not found" not in output
+
+
+def test_mpirun_in_an_allocation(cluster, tmp_path):
+    command = ["salloc", "--quiet", *LAYOUT, *own_mpirun()]
+    variables = mpirun_environment(4)
+    run_tests(
+        lambda ranks, **more: cluster.start([*command, *ranks], **variables, **more), (2, 2), [*OWN, *EXACT], tmp_path
+    )
+
+
+@pytest.mark.any_mpi
+def test_batch_script(cluster, tmp_path):
+    """As users write them."""
+    (tmp_path / "job.sh").write_text(
+        f"#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1\n"
+        f"{' '.join(own_mpirun())} {sys.executable} {ROOT}/tests/smoke.py 2\n"
+        f"touch {tmp_path}/end\n"
+    )
+    code, said = cluster.run(["sbatch", f"--output={tmp_path}/out", f"{tmp_path}/job.sh"], **mpirun_environment(2))
+    assert code == 0, said
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "end").exists() and time.monotonic() < deadline:  # sbatch --wait looks every 32 s
+        time.sleep(0.1)
+    output = (tmp_path / "out").read_text()
+    assert "2 ranks on 2 machines" in output
+    assert "smoke test passed on 2 ranks" in output
+
+
+@pytest.mark.any_mpi
+def test_plain_srun(cluster):
+    """It starts processes that don't know of each other. One of them says what to type."""
+    code, output = cluster.run(["srun", "--nodes=2", "--ntasks=2", sys.executable, f"{ROOT}/tests/smoke.py", "2"])
+    assert code != 0
+    assert output.count("LaunchError: srun started 2 processes, but MPI made each of them rank 0 of 1") == 1
+    manager = "pmix" if is_openmpi() else "pmi2"
+    assert re.search(rf"Type `srun --mpi={manager}` \(`srun --mpi=list` shows what this Slurm has\)", output)
+    assert "passed" not in output
+
+
+@pytest.mark.any_mpi
+def test_one_task(cluster):
+    """One process in an allocation of several trains alone: it is no part of a job."""
+    code, output = cluster.run(["srun", "--ntasks=1", sys.executable, f"{ROOT}/tests/smoke.py", "1"])
+    assert code == 0, output
+    assert "smoke test passed on 1 ranks" in output

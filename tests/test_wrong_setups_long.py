@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Set-ups that are wrong, or look it, under plain mpirun: each works, or says why not and what to do."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hosts import Hosts, require
+from ranks import JobSpec, is_openmpi, job_environment, mpirun_path
+
+import distributed_trainer
+
+pytestmark = pytest.mark.long
+
+SMOKE = str(Path(__file__).with_name("smoke.py"))
+PACKAGE = Path(distributed_trainer.__file__).parent
+FAMILY = "openmpi" if is_openmpi() else "mpich"
+
+# A step beside one process, on ranks that share memory, with more gradients than a small /dev/shm could hold.
+SHARING = """
+import sys, torch
+from torch import nn
+from distributed_trainer import create_distributed_trainer
+from distributed_trainer import job as jobs
+
+torch.manual_seed(0)
+model = nn.Linear(4096, 6000, bias=False)
+x, y = torch.randn(4, 4096), torch.randint(6000, (4,))
+expected = nn.functional.cross_entropy(model(x), y).detach()
+trainer = create_distributed_trainer(model)
+job = jobs.start(None, None)
+assert job.node_of_rank == [0] * job.engine.size, job.node_of_rank
+group = job.create_group()
+for _ in range(2):
+    loss = trainer.train_step(x, y, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    if expected is not None:
+        torch.testing.assert_close(loss, expected)
+    expected = None
+message = torch.full((1 << 20,), 7.0)  # of MPI's own, from rank to rank
+if job.rank == 0:
+    group.send([message], 1, 0).wait()
+elif job.rank == 1:
+    group.recv([torch.zeros(1 << 20)], 0, 0).wait()
+group.barrier().wait()
+print("trained", flush=True)
+"""
+
+
+def run(command, **variables):
+    """Under a time limit; with the exit code and all that it printed."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=100,
+        env=job_environment(JobSpec(2), **variables),
+    )
+    return done.returncode, done.stdout
+
+
+def require_namespaces(*options):
+    done = subprocess.run(["unshare", *options, "true"], capture_output=True, text=True)
+    if done.returncode != 0:
+        assert "CI" not in os.environ, done.stderr
+        pytest.skip(f"no namespaces for this user: {done.stderr}")
+
+
+@pytest.mark.any_mpi
+def test_other_versions_on_a_host(tmp_path):
+    """Another package, engine, torch and Python there: every rank raises the same, and one prints it."""
+    require()
+    (engine,) = PACKAGE.glob(f"_engine_{FAMILY}.*.so")
+    tell = "from distributed_trainer import library; print(library.load_engine().engine_version)"
+    version = subprocess.run([sys.executable, "-c", tell], capture_output=True, text=True, check=True).stdout.strip()
+    other = {
+        PACKAGE / "errors.py": (b"# SPDX", b"# Other\n# SPDX"),
+        engine: (version.encode(), b"f" * len(version)),
+        Path(torch.__file__).with_name("version.py"): (torch.__version__.encode(), b"2.99.1"),
+    }
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys, torch, uuid\nfrom distributed_trainer import create_distributed_trainer\n"
+        "if os.uname().nodename.startswith('host1'): sys.version_info = (3, 99)\n"
+        "try:\n    create_distributed_trainer(torch.nn.Linear(2, 2))\n"
+        f"except Exception as error:\n    open(f'{tmp_path}/{{uuid.uuid4()}}.raised', 'w').write(str(error))\n"
+        "    raise\n"
+    )
+    with Hosts(2) as hosts:
+        for number, (file, (old, new)) in enumerate(other.items()):
+            assert old in file.read_bytes()
+            (tmp_path / f"{number}").write_bytes(file.read_bytes().replace(old, new))
+            hosts.shell(1, f"mount --bind {tmp_path}/{number} {file}")
+        start = time.monotonic()
+        # Python would write what it compiled of the other files beside those of the first host.
+        process = hosts.mpirun((2, 1), [sys.executable, str(script)], capture=True, PYTHONDONTWRITEBYTECODE="1")
+        output = process.communicate(timeout=60)[0].decode()
+        assert time.monotonic() - start < 30  # most of it is the start of three ranks
+    assert process.returncode != 0
+    raised = [file.read_text() for file in tmp_path.glob("*.raised")]
+    assert len(raised) == 3 and len(set(raised)) == 1, output
+    text = raised[0]
+    names = hosts.names
+    assert f"its engine: {version} on {names[0]}; {'f' * len(version)} on {names[1]}\n" in text
+    assert f"torch: {torch.__version__.partition('+')[0]} on {names[0]}; 2.99.1 on {names[1]}\n" in text
+    assert f"Python: {sys.version_info[0]}.{sys.version_info[1]} on {names[0]}; 3.99 on {names[1]}\n" in text
+    assert "distributed_trainer: " in text and "MPI: " not in text
+    assert output.count("MismatchError: the machines of this job run different software") == 1
+
+
+@pytest.fixture
+def other_mpirun():
+    """Of the other MPI."""
+    other = {".venv": ".venv-mpich", ".venv-mpich": ".venv"}.get(Path(sys.prefix).name, "none")
+    mpirun = Path(sys.prefix).with_name(other) / "bin" / "mpirun"
+    if not mpirun.exists():
+        assert "CI" not in os.environ
+        pytest.skip(f"no {mpirun}")
+    return str(mpirun)
+
+
+def test_mpirun_of_another_mpi(other_mpirun):
+    """As where PATH leads to another: the launcher's own library is taken, for which there is a module too."""
+    code, output = run([other_mpirun, "-np", "2", sys.executable, SMOKE, "2"])
+    assert code == 0, output
+    assert ("MPICH" if is_openmpi() else "Open MPI") in output
+    assert "smoke test passed on 2 ranks" in output
+
+
+def test_mpirun_of_another_mpi_than_is_loaded(other_mpirun):
+    """mpi4py has loaded this environment's, which can't join the job."""
+    script = f"import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; exec(open({SMOKE!r}).read())"
+    code, output = run([other_mpirun, "-np", "2", sys.executable, "-c", script, "2"])
+    assert code != 0
+    assert output.count("MPINotFoundError: The launcher of this process is that of ") == 1
+    assert "Start it with the mpirun of that library" in output
+
+
+@pytest.mark.any_mpi
+def test_ranks_on_one_core(tmp_path):
+    """On the second of two hosts."""
+    require()
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("this machine has one core")
+    script = tmp_path / "bound.sh"
+    script.write_text('case $(hostname) in host1*) exec taskset -c 0 "$@";; esac; exec "$@"\n')
+    with Hosts(2) as hosts:
+        command = ["sh", str(script), sys.executable, SMOKE, "3"]
+        process = hosts.mpirun((1, 2), command, capture=True)
+        output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0, output
+    assert output.count("the launcher binds") == 1
+    assert f"the launcher binds the 2 rank(s) on {hosts.names[1]} to 1 of its " in output
+    assert "(several to one core); mpirun --bind-to none lets them use all" in output
+
+
+def test_small_shared_memory():
+    """/dev/shm of 64 MB, as in a container of docker's: buckets are not there."""
+    require_namespaces("--mount")
+    script = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", mpirun_path(), "-np", "2", sys.executable, "-c", SHARING]
+    code, output = run(command)
+    assert code == 0, output
+    assert output.count("trained") == 2
+
+
+CONTAINERS = {
+    "user": ["--user", "--map-root-user"],
+    "process": ["--pid", "--fork"],
+    "all": ["--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--mount", "--ipc", "--uts"],
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_container_for_each_rank(container):
+    """Namespaces of its own, but for the network's: ranks share memory still, and MPI neither crashes nor complains."""
+    options = CONTAINERS[container]
+    require_namespaces(*options)
+    enter = 'mount -t tmpfs tmpfs /dev/shm && exec "$@"' if "--mount" in options else 'exec "$@"'
+    command = ["unshare", *options, "sh", "-c", enter, "sh", sys.executable, "-c", SHARING]
+    code, output = run([mpirun_path(), "-np", "2", *command])
+    assert code == 0, output
+    assert output.count("trained") == 2
+    assert not [line for line in output.splitlines() if "trained" not in line and "distributed_trainer: " not in line]
