@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from ranks import mixed, on_ranks
+from ranks import on_ranks
 from test_exactness import F64, NormNet, batch
 from test_loader import Squares
 from test_microbatches import accumulated_step, assert_same, sgd
@@ -70,7 +70,7 @@ class Slow(NormNet):
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
-@mixed
+@on_ranks(1, 2, (3, 2))
 def test_training(world, microbatches):
     """One process's weights, whatever the split, BatchNorm's waiting not counted; the slow rank gets less."""
     slow = world.size - 1

@@ -4,7 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import mixed, on_ranks
+from ranks import on_ranks
 from test_exactness import F64, Net, batch
 from test_microbatches import sgd
 from torch import nn
@@ -28,7 +28,7 @@ def train(trainer, step, loop, optimizer):
 
 
 @pytest.mark.parametrize("loop", ["train_step", "own loop"])
-@mixed
+@on_ranks(1, 2, (3, 2))
 def test_drift(world, every_third, monkeypatch, loop):
     """One bit of one weight, on the last rank: the same sentence on every rank, at the next comparison."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # on machines with unequal numbers of ranks it differs

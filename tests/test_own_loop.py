@@ -315,7 +315,7 @@ class Words(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adagrad", "SparseAdam"])
-@mixed
+@on_ranks(1, 2, (3, 2))
 def test_sparse_gradients(world, kind):
     """They stay sparse, as optimizers for such ones want, on ranks without samples and without a gradient, too."""
     model, reference = Words(), Words()
