@@ -7,14 +7,16 @@ import pytest
 
 from distributed_trainer import mpi_environment
 from distributed_trainer.launch import Launcher
+from distributed_trainer.library import MPILibrary
 
 MPIRUN = Launcher("mpirun of Open MPI", 0, 2, 0, 2)
 
 
 def prepared(environ, family, apart, monkeypatch):
     monkeypatch.setattr(mpi_environment, "is_apart", lambda launcher: apart)
+    monkeypatch.setattr(mpi_environment.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
     environ = dict(environ)
-    mpi_environment.prepare(environ, MPIRUN, family)
+    mpi_environment.prepare(environ, MPIRUN, MPILibrary("/opt/mpi/lib/libmpi.so", family))
     return environ
 
 
@@ -65,3 +67,28 @@ def test_launcher_of_another_user(map_of_users, apart, monkeypatch, tmp_path):
     monkeypatch.setattr(os, "readlink", hidden)
     monkeypatch.setattr(mpi_environment.Path, "read_text", lambda path: f"   {map_of_users}\n")
     assert mpi_environment.is_apart(Launcher("srun", 0, 2, 0, None)) == apart
+
+
+def avoided(tmp_path, monkeypatch, interfaces, settings="", **environ):
+    """What Open MPI is told to leave out, with a file of settings of the user's."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".openmpi").mkdir(exist_ok=True)
+    (tmp_path / ".openmpi" / "mca-params.conf").write_text(settings)
+    environ = dict(environ)
+    mpi_environment._avoid_bridges(environ, MPILibrary(f"{tmp_path}/lib/libmpi.so", "openmpi"), interfaces)
+    return environ
+
+
+def test_bridges_of_containers(tmp_path, monkeypatch):
+    bridges = ["docker0", "br-0123456789ab", "virbr0", "cni0"]
+    told = avoided(tmp_path, monkeypatch, ["lo", "eth0", "br0", "ib0", "bridge", *bridges])
+    assert told == {"OMPI_MCA_btl_tcp_if_exclude": f"127.0.0.1/8,sppp,{','.join(bridges)}"}
+    assert avoided(tmp_path, monkeypatch, ["lo", "eth0", "br0"]) == {}
+
+
+def test_interfaces_that_the_user_has_chosen(tmp_path, monkeypatch):
+    """As an argument of mpirun, which makes it a variable, or in a file. A comment in that is no choice."""
+    told = avoided(tmp_path, monkeypatch, ["docker0"], OMPI_MCA_btl_tcp_if_include="eth0")
+    assert told == {"OMPI_MCA_btl_tcp_if_include": "eth0"}
+    assert avoided(tmp_path, monkeypatch, ["docker0"], " btl_tcp_if_include = eth0\n") == {}
+    assert avoided(tmp_path, monkeypatch, ["docker0"], "# btl_tcp_if_include = eth0\n") != {}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hosts import Hosts, require
-from ranks import JobSpec, is_openmpi, job_environment, mpirun_path
+from ranks import JobSpec, end, is_openmpi, job_environment, mpirun_path
 
 import distributed_trainer
 
@@ -157,6 +157,23 @@ def test_ranks_on_one_core(tmp_path):
     assert output.count("the launcher binds") == 1
     assert f"the launcher binds the 2 rank(s) on {hosts.names[1]} to 1 of its " in output
     assert "(several to one core); mpirun --bind-to none lets them use all" in output
+
+
+def test_dockers_bridge():
+    """Both hosts have a network of the same address that ends in the host: Open MPI alone would wait for ever."""
+    require()
+    with Hosts(2) as hosts:
+        for number in range(2):
+            hosts.shell(number, "PATH=$PATH:/usr/sbin:/sbin; ip link add docker0 type bridge; ip link set docker0 up")
+            hosts.shell(number, "PATH=$PATH:/usr/sbin:/sbin; ip addr add 172.17.0.1/16 dev docker0")
+        process = hosts.mpirun((1, 1), [sys.executable, SMOKE, "2"], capture=True)
+        try:
+            output = process.communicate(timeout=60)[0].decode()
+        finally:
+            end(process)
+    assert process.returncode == 0, output
+    assert "smoke test passed on 2 ranks" in output
+    assert "WARNING" not in output
 
 
 def test_small_shared_memory():

@@ -142,7 +142,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
         launch.restart_under_mpirun(num_ranks, mpi)
 
     mpirun.skip_network_search()
-    mpi_environment.prepare(os.environ, launcher, mpi.family)
+    mpi_environment.prepare(os.environ, launcher, mpi)
     devices.keep_freed_memory(os.environ)
     introductions, initialized_mpi = module.introduce(_address_of(comm), versions.introduce(module))
     world_rank, world_size = module.world_rank_and_size()

