@@ -11,6 +11,7 @@ from ranks import mixed, on_ranks
 from test_exactness import F64, Net, NormNet, batch
 from test_microbatches import assert_same, sgd
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from torch.utils.checkpoint import checkpoint
 
 from distributed_trainer import MismatchError, create_distributed_trainer
@@ -391,6 +392,36 @@ def test_long_loop(world, kind, loop):
         for scheduler in schedulers:
             scheduler.step()
     assert_same(model, reference, 1e-8)
+    trainer.close()
+
+
+def contrastive(own, targets, gather=lambda tensor: tensor):
+    """Every sample against every other of the batch, of which `gather` brings those of other ranks."""
+    everyone, labels = gather(own), gather(targets)
+    similarity = F.normalize(own) @ F.normalize(everyone).t()
+    return F.binary_cross_entropy_with_logits(similarity, (targets[:, None] == labels).to(F64))
+
+
+@on_ranks(1, 2, (3, 2))
+def test_contrastive(world, group):
+    """A loss that cannot be split: each rank compares its samples with all, and gradients go back to their ranks."""
+    model, reference = NormNet(F64), NormNet(F64)
+    trainer = create_distributed_trainer(model)
+    optimizer, plain_optimizer = sgd(model), sgd(reference)
+    for step in range(3):
+        x, y = batch(4 * world.size, F64, step)
+        plain_optimizer.zero_grad()
+        expected = contrastive(reference(x), y)
+        expected.backward()
+        plain_optimizer.step()
+        own_x, own_y = trainer.split((x, y))
+        with trainer.forward():
+            loss = contrastive(model(own_x), own_y, lambda tensor: torch.cat(all_gather(tensor)))
+        optimizer.zero_grad()
+        total = trainer.backward(loss, weight=len(own_y))
+        trainer.step(optimizer)
+        torch.testing.assert_close(total, expected.detach(), rtol=1e-11, atol=0)
+    assert_same(model, reference, 1e-9)
     trainer.close()
 
 
