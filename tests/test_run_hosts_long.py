@@ -156,7 +156,8 @@ def test_another_torch(shell, bind, tmp_path):
     path = Path(torch.__file__).parent / "version.py"
     (tmp_path / "version.py").write_text(re.sub("__version__ = .*", "__version__ = '2.12.0'", path.read_text()))
     bind(tmp_path / "version.py", path)
-    pattern = rf"torch differs: host0-\d+ has {re.escape(torch.__version__.partition('+')[0])} \(.*\), host1-\d+ has 2.12.0 .*pip install torch"
+    own = re.escape(torch.__version__.partition("+")[0])
+    pattern = rf"torch differs: host0-\d+ has {own} \(.*\), host1-\d+ has 2.12.0 .*pip install torch"
     assert re.search(pattern, shell.refusal())
 
 
