@@ -201,11 +201,7 @@ def problems_of(*changes):
             {"node": 2, "network": "2", "machine": ["boot1", "uts", "net2"]},
             "node1 are one machine, but its ranks have networks of their own, so they share no memory and talk MPI. ",
         ),
-        (
-            {"separate": ["pid"]},
-            False,
-            "node1: ranks have namespaces of their own (pid). They share the engine's memory",
-        ),
+        ({"is_apart": True}, "node1: ranks are in containers of their own. They share the engine's memory"),
     ],
 )
 def test_what_one_rank_has_otherwise(change, text):
