@@ -254,7 +254,7 @@ def test_wrong_arguments(world):
         ({"weight": 3.0}, "pass a function of the targets"),
         ({"weight": lambda targets: -1}, "weight= gives -1"),
         ({"weight": lambda targets: 0}, "weight= is 0 for all of the batch"),
-        ({"microbatches": 0}, "microbatches must be an int of at least 1, not 0"),
+        ({"microbatches": 0}, 'microbatches must be an int of at least 1, or "auto", not 0'),
         ({"microbatches": 2.0}, "microbatches must be an int"),
         ({"clip_norm": 0}, "clip_norm must be above 0"),
     ]:
