@@ -267,7 +267,7 @@ def test_check_on_a_slow_link(shell):
     """The wire's rate is that of the link."""
     shell.hosts.set_rate(0.2)
     try:
-        _, report = check(shell, "--hostfile hosts.txt -np 2")
+        _, report = check(shell, "--hostfile hosts.txt")
     finally:
         shell.hosts.set_rate(None)
     assert 0.6 * 25e6 < report["all_reduce"]["between"]["wire_bytes_per_second"] < 1.1 * 25e6
