@@ -16,7 +16,8 @@ PYTHON_LAYERS = """
 __main__
 __init__
 command_line
-run
+check
+run check_report check_ranks
 preflight hostfile
 create
 trainer

@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import run
+from . import check, run
 from .errors import DistributedTrainerError
 
 
@@ -15,11 +15,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a sub-command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="distributed-trainer",
-        description="Starts training scripts on MPI ranks.",
+        description="Starts training scripts on MPI ranks, and looks whether they will work.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run.add_parser(commands)
+    check.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         return options.main(options)

@@ -47,6 +47,17 @@ class Request:
     """Variables that the ranks will have."""
 
 
+class HostsNotReadyError(LaunchError):
+    """Ranks could not run on some hosts; `problems` has a line for each cause."""
+
+    def __init__(self, title: str, problems: list[str]) -> None:
+        self.problems = problems
+        shown = problems[:_MAX_PROBLEMS]
+        shown += [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
+        lines = "".join(f"\n  {problem}" for problem in shown)
+        super().__init__(f"the hosts of {title} are not ready, so mpirun was not started:{lines}")
+
+
 def remote_shell(family: str, environ: Mapping[str, str]) -> list[str]:
     """What the MPI starts its processes on other hosts with: ssh, unless its variables name something else."""
     if family == "openmpi":
@@ -76,14 +87,11 @@ def check_hosts(title: str, names: Sequence[str], request: Request) -> dict[str,
         The facts of each host; see `host_facts`.
 
     Raises:
-        LaunchError: Says for each host what is wrong and what to do.
+        HostsNotReadyError: Says for each host what is wrong and what to do.
     """
     answers = ask_hosts(names, remote_shell(request.mpi_family, os.environ), request)
     if problems := find_problems(answers, request):
-        shown = problems[:_MAX_PROBLEMS]
-        shown += [f"... and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-        lines = "".join(f"\n  {problem}" for problem in shown)
-        raise LaunchError(f"the hosts of {title} are not ready, so mpirun was not started:{lines}")
+        raise HostsNotReadyError(title, problems)
     return {name: answer for name, answer in answers.items() if not isinstance(answer, str)}
 
 
@@ -222,7 +230,8 @@ def _differences(facts: Mapping[str, dict[str, Any]], request: Request) -> list[
         hosts_of: dict[str, list[str]] = {}
         for name, fact in facts.items():
             if fact[key] is not None:
-                hosts_of.setdefault(fact[key], []).append(name)
+                # torch's part after the + is the devices that it was built for, which may differ.
+                hosts_of.setdefault(fact[key].partition("+")[0], []).append(name)
         if len(hosts_of) > 1:
             parts = [
                 f"{_list(names)} {'has' if len(names) == 1 else 'have'} {value} ({facts[names[0]]['paths'][path]})"

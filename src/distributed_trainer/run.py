@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import host_facts, launch, library, mpirun, preflight
@@ -45,29 +46,34 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         usage="distributed-trainer run [-np N] [--hostfile FILE] [OPTIONS] SCRIPT [ARGS ...]",
         allow_abbrev=False,
     )
+    add_options(parser)
     option = parser.add_argument
-    option("-np", "-n", dest="num_ranks", type=_positive, metavar="N", help="ranks; default: slots, GPUs or else cores")
-    option("--hostfile", metavar="FILE", help="lines `name slots=2` or `name:2`")
-    option("--oversubscribe", action="store_true", help="allow more ranks than the hostfile has slots")
-    option(
-        "-x",
-        "--export",
-        action="append",
-        default=[],
-        metavar="NAME[=VALUE]",
-        help="pass on a variable, or all of a form: WANDB_*",
-    )
     option("--tag-output", action="store_true", help="put the rank before each line")
     option(
         "--log-dir", metavar="DIR", help="write each rank's output to DIR/rank-N.log, on its host, not to the terminal"
     )
-    option("--mpirun-options", default="", metavar="'...'", help="more options for mpirun, such as '--bind-to numa'")
-    option("--no-preflight", action="store_true", help="do not ask the hosts first")
     option("--dry-run", action="store_true", help="print the command and end")
     option("-m", dest="is_module", action="store_true", help="SCRIPT is a module, as for python -m")
     option("script", metavar="SCRIPT")
     option("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="belong to the script")
     parser.set_defaults(main=main)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what `make_plan` reads."""
+    option = parser.add_argument
+    option("-np", "-n", dest="num_ranks", type=_positive, metavar="N", help="ranks; default: slots, GPUs or else cores")
+    option("--hostfile", metavar="FILE", help="lines `name slots=2` or `name:2`")
+    option("--oversubscribe", action="store_true", help="allow more ranks than the hostfile has slots")
+    option(
+        *("-x", "--export"),
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="pass on a variable, or all of a form: WANDB_*",
+    )
+    option("--mpirun-options", default="", metavar="...", help="more for mpirun: --mpirun-options='--bind-to numa'")
+    option("--no-preflight", action="store_true", help="do not ask the hosts first")
 
 
 def _positive(text: str) -> int:
@@ -85,35 +91,79 @@ def main(options: argparse.Namespace) -> int:
         MPINotFoundError: There is no MPI library, no mpirun for it, or none that this package was built for.
     """
     _check_command(options)
+    variables = {}
+    if options.log_dir or (sys.stdout is not None and sys.stdout.isatty()):
+        variables |= {} if "PYTHONUNBUFFERED" in os.environ else {"PYTHONUNBUFFERED": "1"}  # show lines as they come
+    script = None if options.is_module else options.script
+    words = [*(["-m"] if options.is_module else []), options.script, *options.arguments]
+    plan = make_plan(options, words, script, variables, _redirection(options.log_dir))
+    line = shlex.join(plan.command)
+    for warning in plan.warnings:
+        print(f"distributed_trainer: {warning}", file=sys.stderr)
+    if options.dry_run:
+        print(*(f"{name}={shlex.quote(value)}" for name, value in plan.variables.items()), line)
+        return 0
+    print(f"distributed_trainer: running {line}", file=sys.stderr, flush=True)
+    os.execve(plan.command[0], plan.command, {**os.environ, **plan.variables})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to start mpirun."""
+
+    command: list[str]
+    variables: dict[str, str]
+    """To be set for it."""
+    warnings: list[str]
+    """What may not be meant, though it starts."""
+
+
+def make_plan(
+    options: argparse.Namespace,
+    words: Sequence[str],
+    script: str | None,
+    variables: Mapping[str, str],
+    wrapper: Sequence[str] = (),
+) -> Plan:
+    """Finds MPI, asks the hosts, and says what to start.
+
+    Args:
+        options: With what `add_options` adds.
+        words: Python's arguments, for each rank.
+        script: A file that must be on each host. None: words[1] is a module that must.
+        variables: To be set for all ranks.
+        wrapper: What is to start Python on each rank.
+
+    Raises:
+        As `main`.
+    """
     library.load_engine()
     mpi = library.loaded_mpi()
     assert mpi is not None
     program = mpirun.find_mpirun(mpi)
-    variables = dict(word.split("=", 1) for word in options.export if "=" in word)
-    if options.log_dir or (sys.stdout is not None and sys.stdout.isatty()):
-        variables |= {} if "PYTHONUNBUFFERED" in os.environ else {"PYTHONUNBUFFERED": "1"}  # show lines as they come
+    variables = {**variables, **dict(word.split("=", 1) for word in options.export if "=" in word)}
     forwarded = select_variables({**os.environ, **variables}, options.export)
-    num_ranks, hosts = options.num_ranks, None
+    num_ranks, hosts, warnings = options.num_ranks, None, []
     if options.hostfile:
-        hosts, settings = _prepare_hosts(options, mpi, program, forwarded)
+        hosts, settings, warnings = _prepare_hosts(options, mpi, program, words, script, forwarded)
         num_ranks = sum(host.slots or 0 for host in hosts)
-    elif any(name in os.environ for name in _ALLOCATIONS):  # mpirun knows the hosts and their slots
+    elif is_in_allocation():
         settings = mpirun.mpirun_environment_for_hosts(is_crowded=False, has_cards=True)
     else:
         forwarded = {}
         num_ranks = num_ranks or host_facts.num_gpus() or host_facts.num_cores()
         settings = mpirun.mpirun_environment(num_ranks)
+        warnings += host_facts.warn_of_shared_memory(mpi.family, num_ranks, host_facts.free_shared_memory())
     if mpi.family == "openmpi":
         variables |= settings
     command = [program, *_mpirun_options(options, mpi.family, hosts, forwarded)]
     command += ["-np", str(num_ranks)] if num_ranks else []
-    command += [*_redirection(options.log_dir), sys.executable, *(["-m"] if options.is_module else [])]
-    command += [options.script, *options.arguments]
-    if options.dry_run:
-        print(*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command))
-        return 0
-    print(f"distributed_trainer: running {shlex.join(command)}", file=sys.stderr, flush=True)
-    os.execve(program, command, {**os.environ, **variables})
+    return Plan([*command, *wrapper, sys.executable, *words], variables, warnings)
+
+
+def is_in_allocation() -> bool:
+    """Whether a scheduler has given us hosts: mpirun asks it for them and their slots."""
+    return any(name in os.environ for name in _ALLOCATIONS)
 
 
 def _check_command(options: argparse.Namespace) -> None:
@@ -151,20 +201,25 @@ def select_variables(environ: Mapping[str, str], exports: Sequence[str]) -> dict
 
 
 def _prepare_hosts(
-    options: argparse.Namespace, mpi: MPILibrary, program: str, forwarded: Mapping[str, str]
-) -> tuple[list[Host], dict[str, str]]:
-    """Returns the ranks of each host, and the variables for mpirun."""
+    options: argparse.Namespace,
+    mpi: MPILibrary,
+    program: str,
+    words: Sequence[str],
+    script: str | None,
+    forwarded: Mapping[str, str],
+) -> tuple[list[Host], dict[str, str], list[str]]:
+    """Returns the ranks of each host, the variables for mpirun, and warnings."""
     hosts = read_hostfile(options.hostfile)
     is_open = hosts[0].slots is None and options.num_ranks is None
     if options.no_preflight:
         if is_open:
             raise ValueError(f"{options.hostfile} gives no slots, so --no-preflight needs -np.")
         placed = place_ranks(hosts, options.num_ranks, {}, options.oversubscribe)
-        return placed, mpirun.mpirun_environment_for_hosts(is_crowded=False, has_cards=True)
+        return placed, mpirun.mpirun_environment_for_hosts(is_crowded=False, has_cards=True), []
     if not is_open:
         hosts = place_ranks(hosts, options.num_ranks, {}, options.oversubscribe)
     helpers = [Path(program).parent / name for name in ("prted", "orted", "hydra_pmi_proxy")]
-    files = [os.getcwd(), *([] if options.is_module else [os.path.abspath(options.script)])]
+    files = [os.getcwd(), *([] if script is None else [os.path.abspath(script)])]
     files += [str(path) for path in helpers if path.exists()]
     request = preflight.Request(
         python=sys.executable,
@@ -172,18 +227,21 @@ def _prepare_hosts(
         mpi_family=mpi.family,
         folder=os.getcwd(),
         files=files,
-        module=options.script if options.is_module else None,
+        module=words[1] if script is None else None,
         environment=forwarded,
     )
     facts = preflight.check_hosts(options.hostfile, [host.name for host in hosts], request)
     room = {name: fact["gpus"] or fact["cores"] for name, fact in facts.items()}
     hosts = place_ranks(hosts, None, room)
-    crowded = [host for host in hosts if (host.slots or 0) > facts[host.name]["cores"]]
-    for host in crowded:
-        cores = facts[host.name]["cores"]
-        print(f"distributed_trainer: the {host.slots} ranks of {host.name} share {cores} core(s)", file=sys.stderr)
+    warnings, is_crowded = [], False
+    for host in hosts:
+        num_ranks, fact = host.slots or 0, facts[host.name]
+        if num_ranks > fact["cores"]:
+            is_crowded = True
+            warnings.append(f"the {num_ranks} ranks of {host.name} share {fact['cores']} core(s)")
+        warnings += host_facts.warn_of_shared_memory(mpi.family, num_ranks, fact["free_shared_memory"], host.name)
     has_cards = any(fact["network_cards"] for fact in facts.values())
-    return hosts, mpirun.mpirun_environment_for_hosts(bool(crowded), has_cards)
+    return hosts, mpirun.mpirun_environment_for_hosts(is_crowded, has_cards), warnings
 
 
 def _mpirun_options(
