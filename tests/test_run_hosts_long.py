@@ -2,7 +2,6 @@
 """`distributed-trainer run --hostfile` on hosts made of namespaces, and set-ups that are wrong on one of them."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hosts import Hosts, why_not
+from hosts import Hosts, require
 from ranks import is_openmpi
+from sshd import sshd
 from test_run import shell_environment
 
 import distributed_trainer
@@ -35,9 +35,7 @@ print("host %s, node %d, sum %d, %s" % (host, node, tensor[0], os.environ.get("F
 
 @pytest.fixture(scope="module")
 def hosts():
-    if reason := why_not():
-        assert "CI" not in os.environ, reason  # there it would be missed
-        pytest.skip(reason)
+    require()
     with Hosts(2) as made:
         yield made
 
@@ -134,6 +132,27 @@ def test_host_that_does_not_answer(shell):
     text = shell.refusal()
     assert re.search(r"10.77.0.99 does not answer( within 5 s. Is it up\?| \(ssh: connect to host)", text)
     assert re.search(r"host1-\d+ runs no ssh server \(ssh: .* Connection refused\). Install one there", text)
+
+
+def test_real_ssh_and_what_it_refuses(shell):
+    """First nothing, then the user's key, then the host's."""
+    require("sshd", "ssh-keygen")
+    shell.environment |= {"PRTE_MCA_plm_ssh_agent": "ssh", "HYDRA_LAUNCHER_EXEC": "ssh"}
+    name = shell.hosts.names[1]
+    with sshd(shell.hosts) as folder:
+        result = shell.run("where.py")
+        assert result.returncode == 0, result.stderr
+        assert sorted(result.stdout.split()) == [*[shell.hosts.names[0]] * 2, name]
+        key = (folder / "authorized_keys").read_text()
+        (folder / "authorized_keys").write_text("")
+        cause = r"refuses this user's key \(.*Permission denied \(publickey[^)]*\)\)"
+        denied = rf"{name} {cause}\. Let it in: `ssh-copy-id {name}`"
+        assert re.search(denied, shell.refusal())
+        (folder / "known_hosts").write_text(f"{name} {key}")
+        text = shell.refusal()
+        assert (
+            f"{name} has a host key that ssh does not know, or knows otherwise (Host key verification failed)" in text
+        )
 
 
 def test_script_is_missing(shell, bind, tmp_path):
