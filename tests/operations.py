@@ -11,6 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+
+# Functional collectives have other names before torch 2.13; newer ones warn of these.
+if not hasattr(functional, "all_gather_single"):
+    functional.all_gather_single = functional.all_gather_tensor
+    functional.all_gather_single_autograd = functional.all_gather_tensor_autograd
+    functional.all_gather_single_coalesced = functional.all_gather_into_tensor_coalesced
+    functional.reduce_scatter_single = functional.reduce_scatter_tensor
+    functional.reduce_scatter_single_autograd = functional.reduce_scatter_tensor_autograd
+    functional.reduce_scatter_single_coalesced = functional.reduce_scatter_tensor_coalesced
 
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -93,8 +93,6 @@ TWO_ARGUMENTS = [
     (nn.CrossEntropyLoss(weight=ZERO_WEIGHT, label_smoothing=0.1), random(N, C), PART_ZERO_WEIGHT),
     (nn.CrossEntropyLoss(reduction="sum"), random(N, C), PART_IGNORED),
     (nn.MSELoss(reduction="sum"), random(N, 3), random(N, 3, seed=2)),
-    (nn.LinearCrossEntropyLoss(6, C, weight=CLASS_WEIGHTS, dtype=torch.float64), random(N, 6), SOME_IGNORED),
-    (nn.LinearCrossEntropyLoss(6, C, dtype=torch.float64), random(N, 6), PART_IGNORED),
     (F.cross_entropy, random(N, C), PART_IGNORED),
     (functools.partial(F.cross_entropy, weight=CLASS_WEIGHTS, ignore_index=0), random(N, C), LABELS),
     (functools.partial(F.cross_entropy, reduction="sum"), random(N, C), LABELS),
@@ -106,6 +104,11 @@ TWO_ARGUMENTS = [
         integers(2, N, 3).double(),
     ),
 ]
+if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13 and newer
+    TWO_ARGUMENTS += [
+        (nn.LinearCrossEntropyLoss(6, C, weight=CLASS_WEIGHTS, dtype=torch.float64), random(N, 6), SOME_IGNORED),
+        (nn.LinearCrossEntropyLoss(6, C, dtype=torch.float64), random(N, 6), PART_IGNORED),
+    ]
 
 LENGTHS = integers(4, N, low=1)
 # Of the others: criterion, the outputs, the remaining arguments by sample.

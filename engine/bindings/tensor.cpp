@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch hands out a table of C functions, DLPack's exchange API (dlpack.h, version 1.3). `__dlpack__` gives the same by
-// way of Python code and a capsule, which takes 2 us: as long as a reduction of 32 KiB.
+// Since 2.10 torch hands out a table of C functions, DLPack's exchange API (dlpack.h, version 1.3). `__dlpack__` gives
+// the same by way of Python code and a capsule, which takes 2 us: as long as a reduction of 32 KiB.
 #include "bindings/tensor.hpp"
 
 #include <nanobind/ndarray.h>
@@ -27,7 +27,7 @@ constexpr std::uint32_t known_major_version = 1;
 
 const ExchangeApi& exchange_api_of(nb::handle tensor) {
   const nb::object capsule = nb::getattr(tensor.type(), "__dlpack_c_exchange_api__", nb::none());
-  if (!nb::isinstance<nb::capsule>(capsule)) throw nb::type_error("expected a torch.Tensor");
+  if (!nb::isinstance<nb::capsule>(capsule)) throw nb::type_error("expected a tensor of torch 2.10 or newer");
   const auto* api = static_cast<const ExchangeApi*>(nb::cast<nb::capsule>(capsule).data("dlpack_exchange_api"));
   while (api != nullptr && api->version.major != known_major_version) api = api->previous;
   if (api == nullptr) throw nb::type_error("this torch hands out tensors by a newer DLPack than version 1");

@@ -484,7 +484,8 @@ class ProcessGroupShmpi(dist.ProcessGroup):
         if op == dist.ReduceOp.SUM and not tensor.is_complex():
             return self._input(tensor), self._sum
         if op == dist.ReduceOp.PREMUL_SUM:
-            tensor, op = tensor * op.factor, dist.ReduceOp.SUM
+            _, factor = op.__getstate__()  # `op.factor` is not there before torch 2.13
+            tensor, op = tensor * factor, dist.ReduceOp.SUM
         name = _name_of(op)
         buffer = self._input(tensor)
         if tensor.is_complex():

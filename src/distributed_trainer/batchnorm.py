@@ -96,12 +96,11 @@ class GlobalBatchNorm:
         own_classes = [type(module) for module in self._modules]
         try:
             for module, own in zip(self._modules, own_classes, strict=True):
-                # Past nn.Module's __setattr__, which takes ten times as long.
-                object.__setattr__(module, "__class__", self._classes.get(own) or self._global_class(own))
+                _set_class(module, self._classes.get(own) or self._global_class(own))
             yield
         finally:
             for module, own in zip(self._modules, own_classes, strict=True):
-                object.__setattr__(module, "__class__", own)
+                _set_class(module, own)
 
     def _global_class(self, own: type) -> type:
         """Make the subclass of `own` whose forward takes global statistics."""
@@ -150,6 +149,15 @@ class _Gather:
             self.seconds += time.perf_counter() - start
         self._num_made += 1
         return gathered.view(self._group.size(), *local.shape)
+
+
+def _set_class(module: nn.Module, to: type) -> None:
+    # Past nn.Module's __setattr__, which takes ten times as long.
+    object.__setattr__(module, "__class__", to)
+    # torch.compile's guards of torch 2.10 and 2.11 look at the class again only if the attributes have changed.
+    attributes = vars(module)
+    attributes["_class_was_set"] = None
+    del attributes["_class_was_set"]
 
 
 class _GlobalStatistics(TorchFunctionMode):

@@ -37,7 +37,6 @@ _MEANS: dict[Any, str] = {
         (
             nn.CrossEntropyLoss.forward,
             nn.NLLLoss.forward,
-            nn.LinearCrossEntropyLoss.forward,
             F.cross_entropy,
             F.nll_loss,
         ),
@@ -86,6 +85,8 @@ _MEANS: dict[Any, str] = {
         _SAMPLES,
     ),
 }
+if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13 and newer
+    _MEANS[nn.LinearCrossEntropyLoss.forward] = _CLASS_WEIGHTS
 # Arguments of a functools.partial that change what its mean is over: the deprecated forms of `reduction`, and
 # the weight by which these two divide.
 _LEGACY = {"size_average", "reduce"}
