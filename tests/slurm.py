@@ -17,6 +17,7 @@ from hosts import Hosts
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "salloc", "sbatch")  # for hosts.require
 START_SECONDS = 30
+STOP_SECONDS = 5
 # TmpFS: the slurmd of all hosts see one /tmp, where their PMIx plugins would take the same folder.
 CONFIGURATION = """
 ClusterName=test
@@ -108,7 +109,11 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
-            daemon.wait()
+            try:
+                daemon.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:  # slurmctld may wait for a node that is gone already
+                daemon.kill()
+                daemon.wait()
 
 
 def _wait_for_nodes(cluster: Slurm, number: int, folder: Path) -> None:
