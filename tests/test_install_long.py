@@ -69,7 +69,7 @@ def copy_checkout(machine: Machine) -> None:
 
 
 def check_training(machine: Machine, bin_folder: str = "/usr/bin", **variables: str) -> None:
-    """One process, mpirun, mpirun with a hostfile, and processes that become mpirun by themselves."""
+    """One process, mpirun, mpirun with a hostfile, and one process that becomes mpirun by itself."""
     machine.copy(ROOT / "tests" / "smoke.py", "/root/smoke.py")
     (machine.layer / "root" / "hosts.txt").write_text("localhost\n" * 2)
     for command, num_ranks in {
@@ -77,7 +77,6 @@ def check_training(machine: Machine, bin_folder: str = "/usr/bin", **variables: 
         f"{bin_folder}/mpirun -np 2 /venv/bin/python smoke.py 2": 2,
         f"{bin_folder}/mpirun --hostfile hosts.txt -np 2 /venv/bin/python smoke.py 2": 2,
         "/venv/bin/python smoke.py 2": 2,
-        "/venv/bin/python -m distributed_trainer run --hostfile hosts.txt --tag-output smoke.py 2": 2,
     }.items():
         output = machine.run(f"cd /root; {command}", timeout_seconds=60, **AS_ROOT, **variables)
         assert f"smoke test passed on {num_ranks} ranks" in output
@@ -90,7 +89,7 @@ def test_wheel_without_a_compiler(machines: Machines, mpi: str) -> None:
     machine.copy(wheel, f"/root/{wheel.name}")
     assert not machine.run("command -v cc c++ gcc g++ mpicc || true")
     machine.run(f"/venv/bin/pip install --quiet /root/{wheel.name}")
-    machine.run("/venv/bin/python -c 'import distributed_trainer'; /venv/bin/distributed-trainer run --help")
+    machine.run("/venv/bin/python -c 'import distributed_trainer'")
 
     name, _, is_wheel = mpi.partition(" ")
     if is_wheel:
