@@ -341,7 +341,7 @@ class DistributedTrainer(OwnLoop):
                 for inputs, targets in itertools.islice(loader, 10):
                     trainer.train_step(inputs, targets, criterion, optimizer)
 
-        https://ui.perfetto.dev opens it (docs/training.md says what it shows). Works in loops of your own too. If the
+        It is for https://ui.perfetto.dev (docs/training.md says what it shows). Works in loops of your own too. If the
         block raises, no file is written.
 
         Args:
