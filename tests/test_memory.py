@@ -89,6 +89,19 @@ def test_every_place(world, small_buckets, place, in_backward):
         trainer.close()
 
 
+@on_ranks(2)
+def test_order_of_buckets(world, small_buckets):
+    """A first step that fails has not shown the order of all gradients; the one after it does."""
+    orders = []
+    for limit in (100, 2 if world.rank == 0 else 100):
+        model = HungryNet("end", False, limit)
+        trainer = create_distributed_trainer(model)
+        trainer.train_step(*batch(8 * world.size, F64), LOSS, sgd(model), microbatches="auto")
+        orders.append([bucket.indices for bucket in trainer._replica.gradients._buckets])
+        trainer.close()
+    assert orders[0] == orders[1]
+
+
 @some
 def test_clean_state(world, caplog):
     """Random states, buffers of any kind and dropout are as if the step had begun in small pieces."""

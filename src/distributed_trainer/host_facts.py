@@ -44,8 +44,8 @@ def host_facts(mpi_path: str, mpi_family: str, files: list[str], module: str | N
         + ([f"module {module}"] if module and util.find_spec(module.partition(".")[0]) is None else []),
         "python": "{}.{}".format(*sys.version_info),
         "torch": torch and runpy.run_path(str(torch / "version.py"))["__version__"],
-        "package": package and _fingerprint(sorted(package.glob("*.py"))),
-        "engine": package and _fingerprint(_engine_modules(package, mpi_family)),
+        "package": package and fingerprint(sorted(package.glob("*.py"))),
+        "engine": package and fingerprint(_engine_modules(package, mpi_family)),
         "mpi": _mpi_version(mpi_path),
         "paths": {"python": sys.executable, "torch": str(torch), "package": str(package), "mpi": mpi_path},
         "cores": num_cores(),
@@ -127,8 +127,8 @@ def _engine_modules(package: Path, mpi_family: str) -> list[Path]:
     return [path for path in names if path.exists()][:1]  # the one that an import takes
 
 
-def _fingerprint(files: list[Path]) -> str | None:
-    """A version number says nothing of a checkout."""
+def fingerprint(files: list[Path]) -> str | None:
+    """Names the files' contents: a version number says nothing of a checkout. None for no files. Local."""
     digest = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
     return digest[:12] if files else None
 

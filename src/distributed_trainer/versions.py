@@ -8,7 +8,6 @@ results that differ.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from .errors import MismatchError
+from .host_facts import fingerprint
 
 _NUM_NAMED_HOSTS = 3  # in a message; the others are counted
 _MAX_CHARACTERS = 80  # of a fact: all of them must fit the engine's introduction_bytes
@@ -78,13 +78,9 @@ def _by_value(name: str, ranks: Sequence[dict[str, str]]) -> str:
 
 @functools.cache
 def _package_version() -> str:
-    """The version, and a digest of the sources: those of a checkout change without it."""
-    digest = hashlib.sha256()
-    folder = Path(__file__).parent
-    for file in sorted(folder.rglob("*.py")):
-        digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    """The version, and a fingerprint of the sources: those of a checkout change without it."""
     try:
         version = metadata.version("distributed_trainer")
     except metadata.PackageNotFoundError:
         version = "checkout"
-    return f"{version} (sources {digest.hexdigest()[:12]})"
+    return f"{version} (sources {fingerprint(sorted(Path(__file__).parent.glob('*.py')))})"
