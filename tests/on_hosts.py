@@ -112,6 +112,15 @@ def test_nodes(world):
     del memory
 
 
+@on_ranks(4)
+def test_threads(world):
+    """Each rank has as many as the start-up line says, and as it may use cores."""
+    job = jobs.start(None, None)
+    number, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    assert f"{number} thread{'s' if number > 1 else ''} per rank (" in job.summary
+    assert 1 <= number <= cores
+
+
 @on_ranks(2, 3, 4)
 def test_wire(world):
     """A bucket of one's own, and those of a training step."""

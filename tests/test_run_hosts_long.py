@@ -30,6 +30,8 @@ tensor = torch.full((1000,), float(job.rank))
 job.create_group().allreduce([tensor]).wait()
 host, node = os.uname().nodename.partition("-")[0], job.node_of_rank[job.rank]
 print("host %s, node %d, sum %d, %s" % (host, node, tensor[0], os.environ.get("FLAVOUR")), flush=True)
+number = torch.get_num_threads()
+assert f"{number} thread{'s' if number > 1 else ''} per rank ({len(job.local_ranks)} on " in job.summary, job.summary
 """
 
 

@@ -166,7 +166,8 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     first_group = ProcessGroupShmpi(engine.create_group(list(range(engine.size))), module.ReduceOp)
     cores = [set(engine.cores_of(rank)) for rank in local_ranks]
     threads = devices.fit_threads(cores, local_rank, os.environ, launch.cpus_of_launcher(launcher))
-    visible, warnings = zip(*gather_objects(first_group, (devices.visible_devices(), threads.warning)), strict=True)
+    found = gather_objects(first_group, (devices.visible_devices(), threads.text, threads.warning))
+    visible, threads_of_ranks, warnings = zip(*found, strict=True)
     local_visible = [visible[rank] for rank in local_ranks]
     num_visible = len({name for names in local_visible for name in names})
     _, notice = devices.resolve_num_gpus(num_gpus, len(local_ranks) if launcher else None, num_visible)
@@ -180,7 +181,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
             badly_bound = [f"{badly_bound[0]} (and so on {len(badly_bound) - 1} more)"]
         for line in filter(None, [notice, *badly_bound]):
             logger.warning(line)
-    job = Job(engine, module, nodes, device, _summary(module, nodes, device, threads.text))
+    job = Job(engine, module, nodes, device, _summary(module, nodes, device, threads_of_ranks))
     _jobs.append(job)
     if comm is None:
         _job_of_world = job
@@ -253,16 +254,18 @@ def _hide_from_dynamo(*classes: type) -> None:
             eval_frame.set_code_exec_strategy(code, strategy)
 
 
-def _summary(module: Any, nodes: list[int], device: torch.device, threads: str) -> str:
+def _summary(module: Any, nodes: list[int], device: torch.device, threads_of_ranks: Sequence[str]) -> str:
     def count(number: int, what: str) -> str:
         return f"{number} {what}{'s' if number > 1 else ''}"
 
     size, num_nodes = len(nodes), max(nodes) + 1
+    threads = list(dict.fromkeys(threads_of_ranks))  # machines may differ
+    threads[2:] = ["others"] if len(threads) > 2 else []
     facts = [
         " ".join(module.library_version().split(",")[0].split()),
         f"{count(size, 'rank')} on {count(num_nodes, 'machine')}",
         "CPU (no GPU found)" if device.type == "cpu" else f"one {device.type} device per rank",
-        threads if size > 1 else f"{count(torch.get_num_threads(), 'thread')}",
+        " or ".join(threads) if size > 1 else f"{count(torch.get_num_threads(), 'thread')}",
     ]
     if size > 1:
         facts.append("over shared memory" if num_nodes == 1 else "over shared memory and, between machines, MPI")
