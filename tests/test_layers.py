@@ -18,7 +18,7 @@ __init__
 command_line
 check
 run check_report check_ranks
-preflight hostfile
+preflight hostfile device_transfer
 create
 trainer
 own_loop

@@ -76,8 +76,9 @@ def _be_rank(launcher: launch.Launcher, as_json: bool) -> dict[str, Any] | None:
         return {"problems": [problem(str(error), is_fatal=True)]}
     finally:
         alarm.cancel()
+    cuda_awareness = check_ranks.gather_cuda_awareness(started)
     speed = check_ranks.measure(started)
-    return make_report(facts, speed) if started.rank == 0 else None
+    return make_report(facts, cuda_awareness, speed) if started.rank == 0 else None
 
 
 def _give_up(launcher: launch.Launcher, as_json: bool) -> None:
