@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from distributed_trainer import LaunchError, preflight
+from distributed_trainer import LaunchError, preflight, versions
 from distributed_trainer.host_facts import host_facts
 from distributed_trainer.library import load_engine, loaded_mpi
 
@@ -57,8 +57,21 @@ def test_facts(agent, wanted, tmp_path):
         assert preflight.ask_hosts([name], [agent, "-x"], asked) == {name: expected}
     assert expected["missing"] == [f"{tmp_path}/no such file", "module nosuchmodule.x"]
     assert json.loads(json.dumps(expected)) == expected
-    for key in ("torch", "package", "engine", "mpi"):
+    for key in ("torch", "mpi"):
         assert expected[key], key
+
+
+def test_it_compares_what_ranks_compare_at_their_start():
+    """And so refuses what they would, and nothing else: not two builds of one source."""
+    engine = load_engine()
+    mpi = loaded_mpi()
+    facts = host_facts(mpi.path, mpi.family, [], None)
+    told = json.loads(versions.introduce(engine))
+    assert facts["engine"] == told["its engine"]
+    assert facts["package"] == told["distributed_trainer"]
+    assert facts["mpi"] == told["MPI"]
+    assert facts["python"] == told["Python"]
+    assert facts["torch"].partition("+")[0] == told["torch"]
 
 
 def test_environment_and_folder_of_the_ranks(agent, wanted, tmp_path):
@@ -144,7 +157,7 @@ GOOD = {
     "missing": [],
     "python": "3.11",
     "torch": "2.13.0",
-    "package": "aaa",
+    "package": "0.1.0+x (sources aaa)",
     "engine": "bbb",
     "mpi": "Open MPI v5.0.11",
     "paths": {"python": "/venv/bin/python", "torch": "/venv/torch", "package": "/venv/dt", "mpi": "/venv/libmpi.so.40"},
@@ -178,7 +191,10 @@ def problems(request, *changes, names=None):
             "version on all, such as `/venv/bin/python -m pip install torch==2.13.0`.",
         ),
         ({"python": "3.12"}, "Python differs: node0, node2 have 3.11 (/venv/bin/python), node1 has 3.12"),
-        ({"package": "ccc"}, "distributed_trainer differs: node0, node2 have aaa (/venv/dt), node1 has ccc"),
+        (
+            {"package": "0.1.0+x (sources ccc)"},
+            "distributed_trainer differs: node0, node2 have 0.1.0+x (sources aaa) (/venv/dt), node1 has 0.1.0+x (sou",
+        ),
         ({"engine": "ccc"}, "the engine of distributed_trainer differs: "),
         ({"mpi": "MPICH Version: 5.0.2"}, "the MPI library differs: node0, node2 have Open MPI v5.0.11"),
         ({"machine": ["0"]}, "node0, node1 are names of one machine. Write one of them, with the sum of the slots."),

@@ -11,9 +11,10 @@ import ctypes
 import glob
 import hashlib
 import os
+import re
 import runpy
 import sys
-from importlib import util
+from importlib import metadata, util
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ def host_facts(mpi_path: str, mpi_family: str, files: list[str], module: str | N
         + ([f"module {module}"] if module and util.find_spec(module.partition(".")[0]) is None else []),
         "python": "{}.{}".format(*sys.version_info),
         "torch": torch and runpy.run_path(str(torch / "version.py"))["__version__"],
-        "package": package and fingerprint(sorted(package.glob("*.py"))),
-        "engine": package and fingerprint(_engine_modules(package, mpi_family)),
+        "package": package and package_version(package),
+        "engine": package and _engine_version(package, mpi_family),
         "mpi": _mpi_version(mpi_path),
         "paths": {"python": sys.executable, "torch": str(torch), "package": str(package), "mpi": mpi_path},
         "cores": num_cores(),
@@ -122,15 +123,27 @@ def _folder_of(package: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def _engine_modules(package: Path, mpi_family: str) -> list[Path]:
-    names = [package / f"_engine_{mpi_family}{suffix}" for suffix in EXTENSION_SUFFIXES]
-    return [path for path in names if path.exists()][:1]  # the one that an import takes
+def package_version(folder: Path) -> str:
+    """The version of the package in a folder, and a fingerprint of its sources: those of a checkout change without it.
 
-
-def fingerprint(files: list[Path]) -> str | None:
-    """Names the files' contents: a version number says nothing of a checkout. None for no files. Local."""
+    Local.
+    """
+    try:
+        version = metadata.version("distributed_trainer")
+    except metadata.PackageNotFoundError:
+        version = "checkout"
+    files = sorted(folder.glob("*.py"))
     digest = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
-    return digest[:12] if files else None
+    return f"{version} (sources {digest[:12]})"
+
+
+def _engine_version(package: Path, mpi_family: str) -> str | None:
+    """The module's `engine_version`, the same for all builds of one source, found without loading it."""
+    names = [package / f"_engine_{mpi_family}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    for path in filter(Path.exists, names):  # the first is the one that an import takes
+        found = re.search(rb"distributed_trainer engine ([0-9a-f]{12})", path.read_bytes())
+        return found[1].decode() if found else "an old version"
+    return None
 
 
 def _mpi_version(path: str) -> str | None:

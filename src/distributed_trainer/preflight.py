@@ -229,9 +229,9 @@ def _differences(facts: Mapping[str, dict[str, Any]], request: Request) -> list[
     ):
         hosts_of: dict[str, list[str]] = {}
         for name, fact in facts.items():
-            if fact[key] is not None:
+            if (value := fact[key]) is not None:
                 # torch's part after the + is the devices that it was built for, which may differ.
-                hosts_of.setdefault(fact[key].partition("+")[0], []).append(name)
+                hosts_of.setdefault(value.partition("+")[0] if key == "torch" else value, []).append(name)
         if len(hosts_of) > 1:
             parts = [
                 f"{_list(names)} {'has' if len(names) == 1 else 'have'} {value} ({facts[names[0]]['paths'][path]})"
