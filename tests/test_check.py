@@ -166,6 +166,7 @@ def fact(rank, **changes):
         "network": "1",
         "is_apart": False,
         "core_ids": [0, 1],
+        "cpu_limit": None,
         "threads": 1,
         "binding": None,
         "device": "cpu",
@@ -217,6 +218,7 @@ def test_what_one_rank_has_otherwise(change, text):
     [
         ({"binding": "the launcher binds"}, "node0: the launcher binds."),
         ({"core_ids": [3]}, "node0: its 2 ranks share 1 core(s) and take turns. Start fewer there."),
+        ({"cpu_limit": (7, 0.5)}, "node0: its 2 ranks share 1 core(s) and take turns. Start fewer there."),
         ({"has_gpu_driver": True}, "node0 has GPUs, but torch 2.13.0 uses none."),
         ({"free_shared_memory": 1 << 20}, "/dev/shm of node0 has 1 MiB free"),
         (

@@ -111,10 +111,10 @@ def test_devices_without_uuid(monkeypatch):
     assert visible_devices() == [f"cuda of process {os.getpid()}:0"]  # no other rank's
 
 
-def fit(cpus_of_ranks, environ=None, cpus_of_launcher=frozenset(), core_of=lambda cpu: cpu):
+def fit(cpus_of_ranks, environ=None, cpus_of_launcher=frozenset(), limits=(), core_of=lambda cpu: cpu):
     """The threads of all ranks."""
     ranks = range(len(cpus_of_ranks))
-    return [fit_threads(cpus_of_ranks, rank, environ or {}, cpus_of_launcher, core_of) for rank in ranks]
+    return [fit_threads(cpus_of_ranks, rank, environ or {}, cpus_of_launcher, limits, core_of) for rank in ranks]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,25 @@ def fit(cpus_of_ranks, environ=None, cpus_of_launcher=frozenset(), core_of=lambd
 )
 def test_threads(cpus_of_ranks, numbers):
     assert [threads.number for threads in fit(cpus_of_ranks)] == numbers
+
+
+@pytest.mark.parametrize(
+    ("limits", "numbers"),
+    [
+        ([(1, 2.0)] * 4, [1] * 4),
+        ([(1, 8.0)] * 4, [2] * 4),
+        ([(1, 7.5)] * 4, [2] * 4),
+        ([(1, 16.0)] * 4, [3] * 4),  # 4 each, one of them for the engine
+        ([(1, 64.0)] * 4, [15] * 4),
+        ([(rank, 2.0) for rank in range(4)], [2] * 4),  # a container for each
+        ([(1, 2.0), (1, 2.0), None, (2, 0.5)], [1, 1, 15, 1]),
+    ],
+)
+def test_threads_in_containers_with_a_limit(limits, numbers):
+    found = fit([set(range(64))] * 4, limits=limits)
+    assert [threads.number for threads in found] == numbers
+    limited = [limit is not None and limit[1] < 64 for limit in limits]
+    assert [" on 64 cores with time for " in threads.text for threads in found] == limited
 
 
 def test_hyperthreads_are_one_core():

@@ -15,7 +15,7 @@ import torch
 
 from . import device_transfer, devices, launch, library
 from .backend import ProcessGroupShmpi, gather_objects
-from .host_facts import core_of, host_facts
+from .host_facts import core_of, cpu_limit, host_facts
 from .job import Job
 
 _BYTES = 25 << 20  # about a bucket of gradients
@@ -42,6 +42,7 @@ def gather_facts(job: Job, launcher: launch.Launcher, is_apart: bool) -> list[di
         "rank": job.rank,
         "node": job.node_of_rank[job.rank],
         "core_ids": sorted({core_of(cpu) for cpu in os.sched_getaffinity(0)}),
+        "cpu_limit": cpu_limit(),
         "threads": torch.get_num_threads(),
         "binding": threads.warning,
         "device": str(job.device),

@@ -6,6 +6,7 @@ Nothing here communicates.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -57,10 +58,13 @@ def _by_host(facts: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _host(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = ranks[0]
+    cores = len(set().union(*(fact["core_ids"] for fact in ranks)))
+    if all(fact["cpu_limit"] for fact in ranks):  # of control groups, which may be those of several containers
+        cores = min(cores, math.ceil(sum(cpus for _, cpus in {tuple(fact["cpu_limit"]) for fact in ranks})))
     return {
         "name": first["name"],
         "ranks": [fact["rank"] for fact in ranks],
-        "cores": len(set().union(*(fact["core_ids"] for fact in ranks))),
+        "cores": cores,
         "threads": sorted({fact["threads"] for fact in ranks}),
         "shares_memory": len({fact["node"] for fact in ranks}) == 1,
         "gpus": sorted({f"{fact['device']} {fact['gpu']}" for fact in ranks if fact["gpu"]}),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import glob
 import hashlib
+import math
 import os
 import re
 import runpy
@@ -63,10 +64,36 @@ def core_of(cpu: int) -> int:
 
 
 def num_cores() -> int:
-    """Physical cores that this process may use; a container's share of time counts too."""
-    cores = len({core_of(cpu) for cpu in os.sched_getaffinity(0)})
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    return min(cores, max(1, int(quota) // int(period))) if quota.isdigit() else cores
+    """Physical cores that this process may use, or as many as it gets time for, if that is less."""
+    cores, limit = len({core_of(cpu) for cpu in os.sched_getaffinity(0)}), cpu_limit()
+    return min(cores, math.ceil(limit[1])) if limit else cores
+
+
+def cpu_limit(groups: str = "/proc/self/cgroup", folder: str = "/sys/fs/cgroup") -> tuple[int, float] | None:
+    """Finds out for how many CPUs this process gets time from its control groups: `docker run --cpus=2` gives it 2.
+
+    Local.
+
+    Returns:
+        A number that names the group, the same in whichever container it is seen, and the CPUs that its processes
+        have together; of the tightest limit, since one holds for all groups below. None without a limit.
+    """
+    limits = []
+    for line in _read(groups).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue  # one of version 1, for something else
+        root = Path(folder, "cpu") if controllers else Path(folder)
+        # In a container the path may be the host's, and the root be what it leads to there.
+        for group in (Path(path), *Path(path).parents):
+            place = root / group.relative_to("/")
+            if controllers:
+                quota, period = (_read(f"{place}/cpu.cfs_{name}_us") for name in ("quota", "period"))
+            else:
+                quota, _, period = _read(f"{place}/cpu.max").partition(" ")
+            if quota.isdigit():  # not "max" or -1
+                limits.append((int(quota) / int(period), os.stat(place).st_ino))
+    return min(limits)[::-1] if limits else None
 
 
 def num_gpus() -> int:

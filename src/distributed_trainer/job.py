@@ -8,6 +8,7 @@ import ctypes
 import functools
 import itertools
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch._C._dynamo import eval_frame
 
-from . import devices, launch, library, mpi_environment, mpirun, versions
+from . import devices, host_facts, launch, library, mpi_environment, mpirun, versions
 from .backend import ProcessGroupShmpi, gather_objects
 from .errors import LaunchError, MismatchError
 from .inner import ProcessGroupShmpiWithInner
@@ -164,10 +165,12 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     local_ranks = [rank for rank, node in enumerate(nodes) if node == nodes[engine.rank]]
     local_rank = local_ranks.index(engine.rank)
     first_group = ProcessGroupShmpi(engine.create_group(list(range(engine.size))), module.ReduceOp)
+    limit = host_facts.cpu_limit()
+    visible, limits = zip(*gather_objects(first_group, (devices.visible_devices(), limit)), strict=True)
     cores = [set(engine.cores_of(rank)) for rank in local_ranks]
-    threads = devices.fit_threads(cores, local_rank, os.environ, launch.cpus_of_launcher(launcher))
-    found = gather_objects(first_group, (devices.visible_devices(), threads.text, threads.warning))
-    visible, threads_of_ranks, warnings = zip(*found, strict=True)
+    local_limits = [limits[rank] for rank in local_ranks]
+    threads = devices.fit_threads(cores, local_rank, os.environ, launch.cpus_of_launcher(launcher), local_limits)
+    threads_of_ranks, warnings = zip(*gather_objects(first_group, (threads.text, threads.warning)), strict=True)
     local_visible = [visible[rank] for rank in local_ranks]
     num_visible = len({name for names in local_visible for name in names})
     _, notice = devices.resolve_num_gpus(num_gpus, len(local_ranks) if launcher else None, num_visible)
@@ -175,6 +178,8 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     device = devices.pick_device(local_visible, local_rank, accelerator.type if accelerator else "cpu")
     if threads.number is not None and engine.size > 1:
         torch.set_num_threads(threads.number)
+    elif threads.number is not None and limit is not None:  # of which torch does not know
+        torch.set_num_threads(min(torch.get_num_threads(), math.ceil(limit[1])))
     if engine.rank == 0:
         badly_bound = list(filter(None, (warnings[nodes.index(node)] for node in range(max(nodes) + 1))))
         if len(badly_bound) > 1:
