@@ -160,6 +160,7 @@ GOOD = {
     "package": "0.1.0+x (sources aaa)",
     "engine": "bbb",
     "mpi": "Open MPI v5.0.11",
+    "has_home": True,
     "paths": {"python": "/venv/bin/python", "torch": "/venv/torch", "package": "/venv/dt", "mpi": "/venv/libmpi.so.40"},
 }
 
@@ -204,6 +205,16 @@ def test_one_problem(wanted, change, message):
     assert problems(wanted, {}, {}, {}) == []
     [problem] = problems(wanted, {}, change, {})
     assert message in problem
+
+
+def test_no_home(wanted):
+    """Open MPI alone minds, and `run` sets it here."""
+    openmpi, mpich = (replace(wanted, mpi_family=family) for family in ("openmpi", "mpich"))
+    [problem] = problems(openmpi, {}, {"has_home": False})
+    assert problem.startswith("node1 has no HOME, without which Open MPI's daemon crashes. ")
+    assert problems(mpich, {}, {"has_home": False}) == []
+    local = GOOD | {"name": "here", "machine": ["here"], "has_home": False}
+    assert preflight.find_problems({"localhost": local}, openmpi) == []
 
 
 def test_equal_names(wanted):

@@ -137,6 +137,18 @@ def test_it_becomes_mpirun(folder):
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+@pytest.mark.parametrize("words", [["-m", "distributed_trainer", "run", "-np", "1", "train.py"], ["train.py"]])
+def test_without_home(folder, words):
+    """As in a service of systemd: Open MPI would fail."""
+    create = "d.create_distributed_trainer(torch.nn.Linear(1, 1))"
+    Path("train.py").write_text(f"import torch, distributed_trainer as d\n{create}\nprint('trains')")
+    environ = shell_environment()
+    del environ["HOME"]
+    result = subprocess.run([sys.executable, *words], env=environ, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("trains\n")
+
+
 def test_what_is_set_is_left(folder):
     name = "PRTE_MCA_rmaps_default_mapping_policy"
     assert (f"{name}=:oversubscribe" in call("--dry-run", "-np", "2", "train.py").stdout) == is_openmpi()

@@ -50,6 +50,7 @@ def host_facts(mpi_path: str, mpi_family: str, files: list[str], module: str | N
         "engine": package and _engine_version(package, mpi_family),
         "mpi": _mpi_version(mpi_path),
         "paths": {"python": sys.executable, "torch": str(torch), "package": str(package), "mpi": mpi_path},
+        "has_home": "HOME" in os.environ,
         "cores": num_cores(),
         "gpus": num_gpus(),
         "network_cards": has_network_cards(),

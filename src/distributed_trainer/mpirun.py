@@ -53,12 +53,18 @@ def skip_network_search() -> None:
 
 
 def _settings(is_crowded: bool, has_cards: bool) -> dict[str, str]:
-    settings = _NO_BINDING | _network_settings(has_cards)
+    settings = _NO_BINDING | _network_settings(has_cards) | {"HOME": home_folder()}
     if os.geteuid() == 0:  # as in most containers; mpirun would refuse
         settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     if is_crowded:
         settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
     return settings
+
+
+def home_folder() -> str:
+    """What HOME would be, without which Open MPI does not start; services of systemd have none."""
+    home = os.path.expanduser("~")  # from HOME or the user database
+    return "/" if home == "~" else home
 
 
 def _network_settings(has_cards: bool) -> dict[str, str]:

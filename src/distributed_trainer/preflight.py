@@ -210,6 +210,11 @@ def find_problems(answers: Mapping[str, dict[str, Any] | str], request: Request)
         ):
             if fact[key] is None:
                 problems.append(f"{name} has no {title} for {request.python}. Install it there: `{remedy}`.")
+        if request.mpi_family == "openmpi" and not (fact["has_home"] or is_this_machine(name)):  # here it is set
+            problems.append(
+                f"{name} has no HOME, without which Open MPI's daemon crashes. ssh sets it; have what is in its place "
+                f"do so."
+            )
         if fact["mpi"] is None:
             problems.append(f"{name} has no {request.mpi_path} that loads. Install the same MPI there.")
     problems += _differences(facts, request)
