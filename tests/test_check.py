@@ -81,6 +81,9 @@ def test_processes_that_mpi_does_not_connect(launcher):
     }
     assert expected[launcher] in result.stdout
     assert "Traceback" not in result.stderr
+    others = {name: "1" if name.endswith(("RANK", "PROCID")) else value for name, value in variables.items()}
+    result = call(*CHECK, **others)
+    assert (result.returncode, result.stdout) == (1, "")  # rank 0 has said it
 
 
 def test_small_shared_memory():

@@ -4,12 +4,14 @@
 With hosts of their own: test_run_hosts_long.py.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -102,6 +104,16 @@ def test_hosts_that_do_not_answer(agent, wanted, monkeypatch):
     assert answers["odd"] == f"could not be asked (something else). See `{agent} odd true`"
     assert answers["mute"] == f"could not be asked (exit code 1). See `{agent} mute true`"
     assert isinstance(answers["good"], dict)
+    while any(agent.encode() in words for words in commands()):
+        assert time.monotonic() - start < 6
+        time.sleep(0.05)
+
+
+def commands():
+    """Of the processes that run."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield file.read_bytes()
 
 
 def test_connection_that_is_kept_open(agent, wanted):

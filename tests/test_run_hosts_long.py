@@ -25,6 +25,7 @@ PACKAGE = Path(distributed_trainer.__file__).parent
 SCRIPT = """
 import os, torch
 from distributed_trainer import job as jobs
+from distributed_trainer.backend import gather_objects
 job = jobs.start(None, None)
 tensor = torch.full((1000,), float(job.rank))
 job.create_group().allreduce([tensor]).wait()
@@ -32,6 +33,7 @@ host, node = os.uname().nodename.partition("-")[0], job.node_of_rank[job.rank]
 print("host %s, node %d, sum %d, %s" % (host, node, tensor[0], os.environ.get("FLAVOUR")), flush=True)
 number = torch.get_num_threads()
 assert f"{number} thread{'s' if number > 1 else ''} per rank ({len(job.local_ranks)} on " in job.summary, job.summary
+assert len(set(gather_objects(job.create_group(), job.summary))) == 1
 """
 
 
