@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`distributed-trainer check` on this machine, in good and bad set-ups. On several: test_run_hosts_long.py."""
 
+import argparse
 import json
 import mmap
 import os
@@ -13,7 +14,7 @@ import pytest
 from ranks import is_openmpi, mpirun_path
 from test_run import shell_environment
 
-from distributed_trainer import check_ranks
+from distributed_trainer import check, check_ranks, run
 from distributed_trainer.check_report import make_report, render
 from distributed_trainer.host_facts import core_of, num_cores, warn_of_shared_memory
 
@@ -108,6 +109,15 @@ def test_ranks_that_do_not_come_up():
     assert result.returncode == 1
     assert "WILL NOT WORK: mpirun ended with " in result.stdout
     assert "no-such-option" in result.stdout
+
+
+def test_warnings_of_the_start(monkeypatch):
+    """Each once, beside what the ranks report."""
+    printed = f"print('A greeting', {json.dumps({'problems': [check.problem('a')]})!r}, sep=chr(10))"
+    plan = run.Plan([sys.executable, "-c", printed], {}, ["a", "b"])
+    monkeypatch.setattr(run, "make_plan", lambda *_: plan)
+    report = check._start_ranks(argparse.Namespace(hostfile=None, num_ranks=2))
+    assert [item["text"] for item in report["problems"]] == ["a", "b"]
 
 
 def test_no_mpi():
