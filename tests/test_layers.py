@@ -39,6 +39,7 @@ store devices versions mpi_environment
 launch
 mpirun
 library
+places
 host_facts errors
 """.split("\n")[1:-1]
 
