@@ -18,6 +18,7 @@ __init__
 command_line
 check
 run check_report check_ranks
+restart
 preflight hostfile device_transfer
 create
 trainer
@@ -39,7 +40,8 @@ store devices versions mpi_environment
 launch
 mpirun
 library
-host_facts errors
+places
+host_facts errors record
 """.split("\n")[1:-1]
 
 # A folder of the engine includes only itself and those below it.

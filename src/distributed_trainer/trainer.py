@@ -33,6 +33,7 @@ from .loader import PartLoader
 from .memory import FittingPieces, PiecesTooLarge
 from .options import TrainerOptions
 from .own_loop import OwnLoop
+from .places import noted
 from .profile import profile
 from .replica import Replica, ReproducibleReplica
 from .reporting import Reporter, check_writer
@@ -94,6 +95,7 @@ class DistributedTrainer(OwnLoop):
         """That of the last step with `clip_norm`, before clipping: 0-dimensional, the same on every rank."""
         return self._replica.gradient_norm
 
+    @noted
     def train_step(
         self,
         inputs: Any,
@@ -204,6 +206,7 @@ class DistributedTrainer(OwnLoop):
             finally:
                 self._agreement.is_out_of_data = False
 
+    @noted
     def loader(
         self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool = False, drop_last: bool = False, **options: Any
     ) -> PartLoader:
@@ -253,6 +256,7 @@ class DistributedTrainer(OwnLoop):
             raise ValueError(f"num_epochs must be an int of at least 0, not {num_epochs!r}")
         yield from range(max((loader.epoch for loader in self._loaders if loader.resumes), default=0), num_epochs)
 
+    @noted
     def evaluate(
         self,
         loader: Iterable[Any],
@@ -324,6 +328,7 @@ class DistributedTrainer(OwnLoop):
         """Writes figures of your own beside those of the last step, on rank 0. Local."""
         self._reporter.log(dict(figures), self._replica.num_steps)
 
+    @noted
     def summary(self) -> Summary:
         """Where the time of `train_step` went, and which rank the others waited for. Collective, blocks.
 
@@ -354,6 +359,7 @@ class DistributedTrainer(OwnLoop):
         self._check_open()
         return profile(path, self._group, (self._clock, self._replica.gradients))
 
+    @noted
     def close(self) -> None:
         """Lets go of the model: its gradients are no longer summed. Local; MPI goes on until the process ends.
 
