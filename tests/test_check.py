@@ -114,7 +114,7 @@ def test_ranks_that_do_not_come_up():
 def test_warnings_of_the_start(monkeypatch):
     """Each once, beside what the ranks report."""
     printed = f"print('A greeting', {json.dumps({'problems': [check.problem('a')]})!r}, sep=chr(10))"
-    plan = run.Plan([sys.executable, "-c", printed], {}, ["a", "b"])
+    plan = run.Plan(lambda hosts: [sys.executable, "-c", printed], None, None, {}, ["a", "b"])
     monkeypatch.setattr(run, "make_plan", lambda *_: plan)
     report = check._start_ranks(argparse.Namespace(hostfile=None, num_ranks=2))
     assert [item["text"] for item in report["problems"]] == ["a", "b"]

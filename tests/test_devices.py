@@ -179,6 +179,19 @@ def test_binding_that_leaves_cores_idle():
     assert "1 of its 8 cores (several to one core)" in warning
 
 
+@pytest.mark.parametrize(("limit", "number"), [(1.0, 1), (1.2, 2), (9.0, 4)])
+def test_threads_of_one_process_with_a_limit(limit, number):
+    """Of which torch, that wants four here, does not know."""
+    code = (
+        "import torch, distributed_trainer as d; from distributed_trainer import host_facts; torch.set_num_threads(4)\n"
+        f"host_facts.cpu_limit = lambda: (7, {limit}); d.create_distributed_trainer(torch.nn.Linear(1, 1))\n"
+        "print(torch.get_num_threads())"
+    )
+    environ = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1:] == [str(number)], done.stderr
+
+
 def test_torch_takes_one_thread_under_mpirun_by_itself():
     """The reason for fit_threads. Where this fails, torch has learnt it, and fit_threads may be simpler."""
     if not torch.backends.mkl.is_available() or torch.get_num_threads() == 1:

@@ -106,7 +106,12 @@ def find_mpirun(mpi: MPILibrary) -> str:
 def _is_mpirun_of(family: str, mpirun: str) -> bool:
     try:
         version = subprocess.run(  # takes 5 ms
-            [mpirun, "--version"], stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=10
+            [mpirun, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            timeout=10,
+            env={**os.environ, "HOME": home_folder()},
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return False  # such as a shim of a Python version manager
