@@ -2,6 +2,7 @@
 """`distributed-trainer run --hostfile` on hosts made of namespaces, and set-ups that are wrong on one of them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,8 +23,11 @@ pytestmark = pytest.mark.long
 
 SECONDS = 10  # for 5 s, and Python's start on a busy machine
 PACKAGE = Path(distributed_trainer.__file__).parent
-SCRIPT = """
+SCRIPT = (
+    f"NUM_CPUS = {len(os.sched_getaffinity(0))}"
+    + """
 import os, torch
+assert len(os.sched_getaffinity(0)) == NUM_CPUS, "this rank is bound"
 from distributed_trainer import job as jobs
 from distributed_trainer.backend import gather_objects
 job = jobs.start(None, None)
@@ -35,6 +39,7 @@ number = torch.get_num_threads()
 assert f"{number} thread{'s' if number > 1 else ''} per rank ({len(job.local_ranks)} on " in job.summary, job.summary
 assert len(set(gather_objects(job.create_group(), job.summary))) == 1
 """
+)
 
 
 @pytest.fixture(scope="module")
