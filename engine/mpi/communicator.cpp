@@ -83,6 +83,19 @@ Transfer Communicator::send(std::span<const std::byte> bytes, int destination, i
   return Transfer(request);
 }
 
+Transfer Communicator::send_synchronously(std::span<const std::byte> bytes, int destination, int tag) const {
+  MPI_Request request = MPI_REQUEST_NULL;
+  check(MPI_Issend(bytes.data(), checked_count(bytes.size()), MPI_BYTE, destination, tag, handle_, &request),
+        "MPI_Issend");
+  return Transfer(request);
+}
+
+Transfer Communicator::barrier() const {
+  MPI_Request request = MPI_REQUEST_NULL;
+  check(MPI_Ibarrier(handle_, &request), "MPI_Ibarrier");
+  return Transfer(request);
+}
+
 Transfer Communicator::receive(std::span<std::byte> bytes, int source, int tag) const {
   MPI_Request request = MPI_REQUEST_NULL;
   const int from = source == any_source ? MPI_ANY_SOURCE : source;

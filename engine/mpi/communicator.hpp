@@ -58,6 +58,8 @@ class Communicator {
   void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) const;
 
   Transfer send(std::span<const std::byte> bytes, int destination, int tag) const;
+  // Complete only when the receiver has begun to receive.
+  Transfer send_synchronously(std::span<const std::byte> bytes, int destination, int tag) const;
   // `source` may be any_source.
   Transfer receive(std::span<std::byte> bytes, int source, int tag) const;
   // The largest tag.
@@ -65,6 +67,7 @@ class Communicator {
   // A message of any rank that has come already; none otherwise. Blocks only while its bytes arrive.
   std::optional<std::vector<std::byte>> receive_any(int tag) const;
   Transfer broadcast(std::span<std::byte> bytes, int root) const;
+  Transfer barrier() const;
   Transfer gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const;
 
   // Collective: frees the communicator.

@@ -15,7 +15,8 @@ void Mailbox::post(std::span<const std::byte> message, int destination) {
   require_open();
   Outgoing& outgoing = outgoing_.emplace_back();
   outgoing.message.assign(message.begin(), message.end());
-  outgoing.transfer = communicator_.send(outgoing.message, destination, message_tag);
+  outgoing.transfer = is_synchronous_ ? communicator_.send_synchronously(outgoing.message, destination, message_tag)
+                                      : communicator_.send(outgoing.message, destination, message_tag);
 }
 
 bool Mailbox::is_flushed() {
@@ -29,6 +30,12 @@ std::optional<std::vector<std::byte>> Mailbox::collect() {
   const std::scoped_lock lock(mutex_);
   require_open();
   return communicator_.receive_any(message_tag);
+}
+
+Transfer Mailbox::barrier() {
+  const std::scoped_lock lock(mutex_);
+  require_open();
+  return communicator_.barrier();
 }
 
 void Mailbox::close() {

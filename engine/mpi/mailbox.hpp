@@ -16,8 +16,10 @@ namespace dtrain::mpi {
 // move messages on but never block. They throw Error once it is closed, which must be before MPI is finalised.
 class Mailbox {
  public:
-  // Takes over `communicator`, on which nothing else may be sent.
-  explicit Mailbox(Communicator communicator) : communicator_(communicator) {}
+  // Takes over `communicator`, on which nothing else may be sent. `is_synchronous`: is_flushed() says whether everything
+  // posted has been collected.
+  explicit Mailbox(Communicator communicator, bool is_synchronous = false)
+      : communicator_(communicator), is_synchronous_(is_synchronous) {}
 
   int rank() const { return communicator_.rank(); }
   int size() const { return communicator_.size(); }
@@ -27,6 +29,8 @@ class Mailbox {
   bool is_flushed();
   // A message that has come, of any rank; messages of one rank come in order.
   std::optional<std::vector<std::byte>> collect();
+  // Collective, does not block: complete when all ranks have called it.
+  Transfer barrier();
   void close();
 
  private:
@@ -39,6 +43,7 @@ class Mailbox {
 
   std::mutex mutex_;
   Communicator communicator_;
+  const bool is_synchronous_;
   bool is_closed_ = false;
   std::deque<Outgoing> outgoing_;
 };

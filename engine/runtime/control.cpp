@@ -64,6 +64,10 @@ void Engine::start_watch(const AllGather& all_gather) {
 void Engine::answer_control() {
   if (!control_ || steady_clock::now() < next_control_) return;
   next_control_ = steady_clock::now() + between_looks;
+  collect_control();
+}
+
+void Engine::collect_control() {
   control_->is_flushed();
   while (const auto bytes = control_->collect()) {
     ControlMessage message;
@@ -101,7 +105,7 @@ void Engine::answer_control() {
 }
 
 void Engine::post_to_other_nodes(const Group& group, const ControlMessage& message) {
-  if (!control_) return;
+  if (!control_ || mpi::is_finalized()) return;
   for (const int peer : group.world_ranks()) {
     if (status_of_rank_[static_cast<std::size_t>(peer)] == nullptr) post(*control_, message, peer);
   }
@@ -144,11 +148,23 @@ void Engine::tell_of_leaving(const Group& group) {
   post_to_other_nodes(group, message);
 }
 
-// MPI may not send on what is under way once nobody calls it.
-void Engine::flush_control() {
-  if (!control_) return;
+// Open MPI aborts a rank that still sends to one that has ended. So all messages are received before any rank ends, which
+// is no more to wait for than the end of MPI.
+void Engine::meet_at_end() {
+  if (!control_ || mpi::is_finalized()) return;
+  const bool is_orderly = abandoned_groups_.empty();  // else some rank may never come
   const auto deadline = steady_clock::now() + longest_answer;
-  while (!control_->is_flushed() && steady_clock::now() < deadline) std::this_thread::sleep_for(milliseconds(1));
+  std::optional<mpi::Transfer> others;
+  try {
+    while (is_orderly || steady_clock::now() < deadline) {
+      collect_control();
+      if (!others && control_->is_flushed()) others = control_->barrier();
+      if (others && others->test()) return;
+      std::this_thread::sleep_for(milliseconds(1));
+    }
+  } catch (const mpi::Error&) {
+    // The job is in disorder already, and its end will show it.
+  }
 }
 
 }  // namespace dtrain

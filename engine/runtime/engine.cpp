@@ -78,7 +78,7 @@ Engine::Engine(const EngineOptions& options)
   const bool one_node = std::ranges::max(nodes) == 0;
   has_thread_ = size() > 1 && (!one_node || node_->num_cores() >= spare_cores_per_rank * num_local);
   waiters_spin_ = node_->num_cores() >= num_local;
-  if (!one_node) control_ = std::make_shared<mpi::Mailbox>(world_.duplicate());
+  if (!one_node) control_ = std::make_shared<mpi::Mailbox>(world_.duplicate(), true);
   start_watch(all_gather);
   if (has_thread_) {
     thread_ = std::make_unique<std::thread>([this] { run(); });
@@ -354,11 +354,14 @@ void Engine::close() {
     thread_->join();
     thread_.reset();
   }
-  const std::scoped_lock lock(drive_mutex_);
-  while (!groups_.empty()) leave(*groups_.front());
+  {
+    const std::scoped_lock lock(drive_mutex_);
+    while (!groups_.empty()) leave(*groups_.front());
+  }
   own_doorbell().ring();
   watch_->close();
-  flush_control();
+  meet_at_end();
+  const std::scoped_lock lock(drive_mutex_);
   for (const auto& mailbox : mailboxes_) mailbox->close();
   if (initialized_mpi_) {
     // MPI may wait for ever for what peers that were given up have not sent.

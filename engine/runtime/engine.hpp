@@ -127,7 +127,8 @@ class Engine {
   void answer_control();
   void post_to_other_nodes(const Group& group, const ControlMessage& message);
   void tell_of_leaving(const Group& group);
-  void flush_control();
+  void collect_control();
+  void meet_at_end();
   void leave(Group& group);
   void start_watch(const AllGather& all_gather);
   void require_open();

@@ -63,6 +63,8 @@ bool is_lost(const Snapshot& seen) {
   return seen.state == State::dead || seen.state == State::stopped || seen.state == State::silent;
 }
 
+bool speaks_for_itself(const Snapshot& seen) { return seen.state == State::running || seen.state == State::ended; }
+
 template <std::size_t N>
 void copy_end(const std::string& text, std::array<char, N>& target) {
   const std::size_t length = std::min(text.size(), N - 1);
@@ -169,7 +171,7 @@ void Watch::hear(const Snapshot& seen) {
   const std::scoped_lock lock(mutex_);
   // What a rank says of itself counts for more than what its neighbours saw.
   auto& entry = heard_[static_cast<std::size_t>(seen.rank)];
-  if (!entry || seen.state == State::running || entry->state != State::running) entry = seen;
+  if (!entry || !speaks_for_itself(*entry)) entry = seen;
 }
 
 void Watch::note_wanted() { own_.num_wanted.fetch_add(1); }
@@ -193,10 +195,11 @@ Snapshot Watch::see(const Neighbour& neighbour) const {
 }
 
 std::vector<Snapshot> Watch::seen_here() {
-  std::vector<Snapshot> all{{rank_, State::running, own_.place.read(), own_.wait.read()}};
+  const State own = own_.end == End::none ? State::running : State::ended;
+  std::vector<Snapshot> all{{rank_, own, own_.place.read(), own_.wait.read()}};
   for (const Neighbour& neighbour : neighbours_) {
     const Snapshot seen = see(neighbour);
-    if (seen.state != State::running) all.push_back(seen);
+    if (!speaks_for_itself(seen)) all.push_back(seen);
   }
   return all;
 }
@@ -278,7 +281,7 @@ std::vector<Snapshot> Watch::collect(std::span<const int> ranks) {
       const std::scoped_lock lock(mutex_);
       return std::ranges::all_of(elsewhere, [&](int rank) {
         const auto& entry = heard_[static_cast<std::size_t>(rank)];
-        return entry && entry->state == State::running;
+        return entry && speaks_for_itself(*entry);
       });
     };
     while (!all_heard() && machine_now_ms() < deadline && !stopping_) std::this_thread::sleep_for(milliseconds(10));
