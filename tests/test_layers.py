@@ -21,7 +21,7 @@ run check_report check_ranks
 preflight hostfile
 create
 trainer
-own_loop
+computation own_loop
 agreement
 balance share advice evaluate loader memory profile replica reporting timing
 drift clocks criterion

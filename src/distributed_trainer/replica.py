@@ -37,6 +37,7 @@ class Replica:
         options: The same on every rank.
 
     Attributes:
+        model: The user's.
         gradients: Sums them up: `start`, and `backward` around each backward.
         num_steps: Calls of `update` so far.
         num_skipped_steps: Those that changed nothing.
@@ -47,7 +48,8 @@ class Replica:
         self, model: nn.Module, groups: tuple[Any, Any], device: torch.device, options: TrainerOptions
     ) -> None:
         gradient_group, self._group = groups
-        self._model, self._device, self._options = model, device, options
+        self.model = model
+        self._device, self._options = device, options
         self.num_steps = self.num_skipped_steps = 0
         self.gradient_norm: Tensor | None = None
         self._nonfinite_name: str | None = None
@@ -61,19 +63,19 @@ class Replica:
         self._sharded = None
         make_bucket = None
         if self._options.shard_optimizer and self._is_one_of_many:
-            self._sharded = ShardedOptimizer(self._model, gradient_group, self._group)
+            self._sharded = ShardedOptimizer(self.model, gradient_group, self._group)
             make_bucket = self._sharded.make_bucket
         self.gradients = GradientSum(
-            self._model.named_parameters(),
+            self.model.named_parameters(),
             gradient_group,
             self._options.compression,
             make_bucket,
             self._options.nonfinite_gradients,
         )
-        self._direct = DirectLinear(self._model, self.gradients) if self._is_one_of_many else None
+        self._direct = DirectLinear(self.model, self.gradients) if self._is_one_of_many else None
         sync_batchnorm = self._options.sync_batchnorm
-        self._batchnorm = GlobalBatchNorm(self._model, self._group) if sync_batchnorm and self._is_one_of_many else None
-        self._buffers = SharedBuffers(self._model, self._group, skip_batchnorm=sync_batchnorm)
+        self._batchnorm = GlobalBatchNorm(self.model, self._group) if sync_batchnorm and self._is_one_of_many else None
+        self._buffers = SharedBuffers(self.model, self._group, skip_batchnorm=sync_batchnorm)
 
     @property
     def has_global_batchnorm(self) -> bool:
@@ -187,7 +189,7 @@ class Replica:
             self._sharded.check_places()
         if is_known:
             return set()
-        own = {id(parameter) for parameter in self._model.parameters()}
+        own = {id(parameter) for parameter in self.model.parameters()}
         ids = self.parameter_ids(optimizer)
         if not ids <= own:
             raise ValueError(
@@ -237,9 +239,9 @@ class ReproducibleReplica(Replica):
             )
         check_computers(self._group, os.environ)
         check_finite = self._options.nonfinite_gradients != "ignore"
-        self.gradients = ShardSum(self._model.named_parameters(), gradient_group, num_shards, check_finite)
+        self.gradients = ShardSum(self.model.named_parameters(), gradient_group, num_shards, check_finite)
         shards = own_shards(num_shards, self._group.rank(), self._group.size())
-        self._shard_buffers = ShardBuffers(self._model)
+        self._shard_buffers = ShardBuffers(self.model)
         self._streams = ShardStreams(shards, self._device)
         self._sharded = self._direct = self._batchnorm = None
 

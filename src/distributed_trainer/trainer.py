@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import os
 import random
 import weakref
@@ -20,25 +19,19 @@ from torch.utils.data import Dataset
 from .advice import Advice
 from .agreement import Agreement
 from .backend import gather_objects
-from .criterion import Weighted, local_loss, loss_terms
-from .data import (
-    batch_size,
-    call_model,
-    map_tensors,
-    slice_batch,
-    to_device,
-)
+from .computation import StepComputation
+from .criterion import Weighted
+from .data import batch_size, map_tensors, slice_batch
 from .evaluate import Evaluation, evaluate
 from .loader import PartLoader
-from .memory import FittingPieces, PiecesTooLarge
+from .memory import FittingPieces
 from .options import TrainerOptions
 from .own_loop import OwnLoop
 from .profile import profile
 from .replica import Replica, ReproducibleReplica
 from .reporting import Reporter, check_writer
 from .reproducible import shard_part
-from .share import Piece, stand_in
-from .timing import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, OPTIMIZER, StepClock, Summary, summarise
+from .timing import OPTIMIZER, StepClock, Summary, summarise
 
 
 class DistributedTrainer(OwnLoop):
@@ -80,6 +73,7 @@ class DistributedTrainer(OwnLoop):
         self._fitting = FittingPieces(model, self._group, device)
         kind = Replica if options.reproducible is None else ReproducibleReplica
         self._replica = kind(model, groups, device, options)
+        self._computation = StepComputation(self._agreement, self._replica, self._fitting, self._clock, options, device)
 
     @property
     def num_skipped_steps(self) -> int:
@@ -155,7 +149,7 @@ class DistributedTrainer(OwnLoop):
         num_samples = batch_size({"inputs": inputs, "targets": targets})
         own_samples = num_samples / self.world_size if self._agreement.takes_whole_batches else num_samples
         clock.start(own_samples)
-        attempt = functools.partial(self._compute, inputs, targets, criterion, num_samples)
+        attempt = functools.partial(self._computation.run, inputs, targets, criterion, num_samples)
         totals, loss = self._fitting.run(attempt) if microbatches == "auto" else attempt(microbatches)
         self._replica.update(optimizer, clip_norm)
         clock.mark(OPTIMIZER)
@@ -383,72 +377,6 @@ class DistributedTrainer(OwnLoop):
         for batch in loader:
             self._agreement.check_same({"batch": batch})
             yield self.split(batch)
-
-    def _compute(
-        self, inputs: Any, targets: Any, criterion: Callable[..., Any], num_samples: int, microbatches: int
-    ) -> tuple[list[float], Any]:
-        """Sums of the loss's terms over all ranks, and its structure; the gradients are summed. Collective, blocks."""
-        share = self._agreement.share(inputs, targets, criterion, num_samples, microbatches)
-        self._clock.mark(AGREEMENT)
-        self._replica.start()
-        began = self._clock.computed() - self._replica.waited_seconds
-        loss, values = None, []
-        with self._replica.around_step():
-            for number, piece in enumerate(share.pieces):
-                loss, terms = self._run(piece, share.total, is_last=number == len(share.pieces) - 1)
-                values.append(terms)
-        if self._fitting.ranks_lack_memory():
-            self._replica.abandon()
-            raise PiecesTooLarge(share.longest)
-        values = [[float(value) for value in terms] for terms in values]
-        result = self._replica.finish(values, loss, share.source)
-        self._clock.mark(EXCHANGE)
-        seconds = self._clock.computed() - self._replica.waited_seconds - began
-        self._agreement.balance.note(seconds, share.num_samples)
-        return result
-
-    def _run(self, piece: Piece, total: float, is_last: bool) -> tuple[Any, list[Any]]:
-        """Forward and backward of a piece: its loss and the terms of it.
-
-        Once memory has run out, what matters is that the calls are made for which other ranks wait: with BatchNorm a
-        stand-in makes them; what a piece has left of its buckets `abandon` sends.
-        """
-        if self._fitting.shortage is None:
-            try:
-                return self._run_in(self._replica.around_piece(piece.is_ghost), piece, total, is_last)
-            except Exception as error:
-                if not self._fitting.catches(error):
-                    raise
-            context, is_last = self._replica.around_completion(), False
-        else:
-            context = self._replica.around_piece()
-        if not self._replica.has_global_batchnorm:
-            return None, []
-        return self._run_in(context, stand_in(piece), total, is_last)
-
-    def _run_in(
-        self, context: contextlib.AbstractContextManager[None], piece: Piece, total: float, is_last: bool
-    ) -> tuple[Any, list[Any]]:
-        """Forward and backward of a piece, or a stand-in."""
-        with context:
-            loss, terms = self._forward(piece, total)
-            self._clock.mark(FORWARD)
-            with self._replica.gradients.backward(leave_out=piece.is_ghost, is_last=is_last):
-                functools.reduce(operator.add, terms).backward()
-            if self._options.balance is not None and self.device.type != "cpu":
-                torch.accelerator.synchronize()  # else the time would be that of the host
-            self._clock.mark(BACKWARD)
-        return loss, [0.0 if piece.is_ghost else term.detach() for term in terms]
-
-    def _forward(self, piece: Piece, total: float) -> tuple[Any, list[Tensor]]:
-        """The loss of a piece as the criterion returns it, scaled to what it adds to the global one, and its terms."""
-        outputs = call_model(self.model, to_device(piece.inputs, self.device))
-        targets = to_device(piece.targets, self.device)
-        if piece.is_ghost:
-            loss = piece.criterion(outputs, targets)
-        else:
-            loss = local_loss(piece.criterion, outputs, targets, piece.weight, total)
-        return loss, loss_terms(piece.criterion, loss)
 
     def _check_open(self) -> None:
         if self._is_closed:
