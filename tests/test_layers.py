@@ -21,12 +21,17 @@ run check_report check_ranks
 preflight hostfile
 create
 trainer
-computation own_loop
+computation own_loop save_and_load
+saving restoring
+writing
+training_state
+checkpoint positions
 agreement
 balance share advice evaluate loader memory profile replica reporting timing
 drift clocks criterion
 reproducible
 data batchnorm direct alignment sharding
+tensor_files
 gradients
 options
 compression

@@ -18,6 +18,7 @@ from .data import call_model, to_device
 from .memory import FittingPieces, PiecesTooLarge
 from .options import TrainerOptions
 from .replica import Replica
+from .saving import Saving
 from .share import Piece, stand_in
 from .timing import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, StepClock
 
@@ -31,10 +32,12 @@ class StepComputation:
         replica: Replica,
         fitting: FittingPieces,
         clock: StepClock,
+        saving: Saving,
         options: TrainerOptions,
         device: torch.device,
     ) -> None:
-        self._agreement, self._replica, self._fitting, self._clock = agreement, replica, fitting, clock
+        self._agreement, self._replica, self._fitting = agreement, replica, fitting
+        self._clock, self._saving = clock, saving
         self._is_balanced = options.balance is not None
         self._device = device
 
@@ -43,6 +46,7 @@ class StepComputation:
     ) -> tuple[list[float], Any]:
         """Sums of the loss's terms over all ranks, and its structure; the gradients are summed. Collective, blocks."""
         share = self._agreement.share(inputs, targets, criterion, num_samples, microbatches)
+        self._saving.take_part(self._agreement.flags)
         self._clock.mark(AGREEMENT)
         self._replica.start()
         began = self._clock.computed() - self._replica.waited_seconds

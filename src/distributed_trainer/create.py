@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from .compression import PowerSGD
 from .options import TrainerOptions
 from .sharding import check_model
 from .trainer import DistributedTrainer
+
+_MEETING_TIMEOUT = timedelta(days=7)  # one rank may go on by itself as long as it likes before it closes its trainer
 
 
 def create_distributed_trainer(
@@ -103,13 +106,13 @@ def create_distributed_trainer(
         ranks = dist.get_process_group_ranks(process_group)
         # The caller's group keeps its own way of sending.
         gradient_group = jobs.start(None, None).create_group(ranks, wire_dtype) if wire_dtype else process_group
-        groups = (gradient_group, dist.new_group(ranks, use_local_synchronization=True))
+        groups = (gradient_group, *(dist.new_group(ranks, use_local_synchronization=True) for _ in range(2)))
         return DistributedTrainer(model, groups, device, 0, options, owns_groups=False)
     job = jobs.start(num_gpus, comm)
     if job.rank == 0:
         mode = "every rank reads the whole batch" if split_batches else "every rank reads its own part"
         print(f"distributed_trainer: {job.summary}; {mode}", flush=True)
-    groups = (job.create_group(wire_dtype=wire_dtype), job.create_group())
+    groups = (job.create_group(wire_dtype=wire_dtype), job.create_group(), job.create_group(timeout=_MEETING_TIMEOUT))
     if shard_optimizer:
         check_model(model, groups[0], job.device)
     model.to(job.device)

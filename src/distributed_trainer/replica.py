@@ -40,6 +40,7 @@ class Replica:
         model: The user's.
         gradients: Sums them up: `start`, and `backward` around each backward.
         num_steps: Calls of `update` so far.
+        num_sums: Calls of `finish` so far.
         num_skipped_steps: Those that changed nothing.
         gradient_norm: That of the last clipping.
     """
@@ -50,7 +51,7 @@ class Replica:
         gradient_group, self._group = groups
         self.model = model
         self._device, self._options = device, options
-        self.num_steps = self.num_skipped_steps = 0
+        self.num_steps = self.num_sums = self.num_skipped_steps = 0
         self.gradient_norm: Tensor | None = None
         self._nonfinite_name: str | None = None
         self._is_one_of_many = self._group.size() > 1
@@ -81,6 +82,11 @@ class Replica:
     def has_global_batchnorm(self) -> bool:
         """Whether the model has BatchNorm modules that take the statistics of all ranks."""
         return bool(self._batchnorm)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Changes wherever weights may: with `update`, and with `finish` in loops that step by themselves."""
+        return self.num_steps, self.num_sums
 
     @property
     def waited_seconds(self) -> float:
@@ -130,6 +136,7 @@ class Replica:
         Returns:
             The sum of each term over all pieces and ranks, in float64, and the structure of the loss.
         """
+        self.num_sums += 1
         own = [sum(terms) for terms in zip(*values, strict=True)]
         *sums, has_changed_buffers = self.gradients.finish([*own, self._buffers.have_changed()])
         if has_changed_buffers:
@@ -176,6 +183,10 @@ class Replica:
             optimizer.step() if closure is None else optimizer.step(closure)  # not every step() takes one
         self._drift.check(self.num_steps)
         return True
+
+    def optimizer_parts(self) -> contextlib.AbstractContextManager[None]:
+        """Within it `state_dict()` of any optimizer is local, and has a `Part` in the place of what is sharded."""
+        return contextlib.nullcontext() if self._sharded is None else self._sharded.parts()
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer, is_known: bool) -> set[int]:
         """Raises ValueError for one that does not fit. Whose parameters it has is not looked at if `is_known`. Local.
@@ -264,6 +275,7 @@ class ReproducibleReplica(Replica):
 
     def finish(self, values: list[list[float]], loss: Any, source: int) -> tuple[list[float], Any]:
         """As `Replica.finish`; the terms of the loss are added in the order of the shards. Collective, blocks."""
+        self.num_sums += 1
         self.gradients.finish()
         self._shard_buffers.finish(self._group)
         self._note_nonfinite()

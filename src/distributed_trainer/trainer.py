@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import random
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -27,14 +26,18 @@ from .loader import PartLoader
 from .memory import FittingPieces
 from .options import TrainerOptions
 from .own_loop import OwnLoop
+from .positions import Positions
 from .profile import profile
 from .replica import Replica, ReproducibleReplica
 from .reporting import Reporter, check_writer
 from .reproducible import shard_part
+from .save_and_load import SaveAndLoad
+from .saving import Saving
 from .timing import OPTIMIZER, StepClock, Summary, summarise
+from .training_state import TrainingState
 
 
-class DistributedTrainer(OwnLoop):
+class DistributedTrainer(OwnLoop, SaveAndLoad):
     """Trains a model with all ranks of a job. Made by `create_distributed_trainer`; a context manager.
 
     Attributes:
@@ -48,15 +51,16 @@ class DistributedTrainer(OwnLoop):
     def __init__(
         self,
         model: nn.Module,
-        groups: tuple[Any, Any],
+        groups: tuple[Any, Any, Any],
         device: torch.device,
         local_rank: int,
         options: TrainerOptions,
         owns_groups: bool = True,
         counters: Callable[[], dict[str, int]] = dict,
     ) -> None:
-        _, self._group = groups
-        self._own_groups = groups if owns_groups else ()  # which end with the trainer
+        *step_groups, meeting_group = groups
+        self._group = step_groups[1]
+        self._own_groups = step_groups if owns_groups else ()  # which end with the trainer
         self.model = model
         self.rank: int = self._group.rank()
         self.world_size: int = self._group.size()
@@ -65,15 +69,18 @@ class DistributedTrainer(OwnLoop):
         self._options = options
         self._counters = counters
         self._is_closed = False
-        self._agreement = Agreement(self._group, options)
-        self._loaders: weakref.WeakSet[PartLoader] = weakref.WeakSet()
+        self._positions = Positions()
         self._advice = Advice()
         self._clock = StepClock()
         self._reporter = Reporter(self._group)
         self._fitting = FittingPieces(model, self._group, device)
         kind = Replica if options.reproducible is None else ReproducibleReplica
-        self._replica = kind(model, groups, device, options)
-        self._computation = StepComputation(self._agreement, self._replica, self._fitting, self._clock, options, device)
+        self._replica = kind(model, (step_groups[0], self._group), device, options)
+        self._state = TrainingState(model, self._replica, self._positions, device, options.split_batches)
+        self._saving = Saving(self._state, self._group, meeting_group, meets_at_exit=owns_groups)
+        self._agreement = Agreement(self._group, options, lambda: self._saving.flags)
+        of_step = self._agreement, self._replica, self._fitting, self._clock, self._saving
+        self._computation = StepComputation(*of_step, options, device)
 
     @property
     def num_skipped_steps(self) -> int:
@@ -224,20 +231,23 @@ class DistributedTrainer(OwnLoop):
                 "this trainer has trained on whole batches, which every rank passes alike. Make the loader before the "
                 "first step, or pass whole batches only."
             )
-        seed = gather_objects(self._group, random.getrandbits(48))[0]
+        # A run that goes on has drawn it already.
+        draws = not self._positions.is_restored_next
+        seed = gather_objects(self._group, random.getrandbits(48))[0] if draws else 0
         balance, num_shards = self._agreement.balance, self._options.reproducible
         shards = functools.partial(shard_part, num_shards=num_shards, rank=self.rank, world_size=self.world_size)
         split = (lambda: balance.split) if num_shards is None else (lambda: shards)
-        loader = PartLoader(dataset, batch_size, split, seed, shuffle=shuffle, drop_last=drop_last, **options)
+        place = seed, lambda: self._replica.progress, self.device
+        loader = PartLoader(dataset, batch_size, split, *place, shuffle=shuffle, drop_last=drop_last, **options)
         self._agreement.takes_whole_batches = False
-        self._loaders.add(loader)
+        self._positions.add(loader)
         return loader
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """Gives the numbers of epochs, 0 to num_epochs - 1. Local.
 
-        A loop whose `trainer.loader` was given the state of an earlier run (`load_state_dict`) begins with the epoch in
-        which that run was, of which the loader then gives the rest.
+        After `load` or `resume` it begins with the epoch in which that run was, of which `trainer.loader` then gives
+        the rest; likewise if `trainer.loader` alone was given its state of an earlier run (`load_state_dict`).
 
             for epoch in trainer.epochs(10):
                 for inputs, targets in loader:
@@ -245,7 +255,7 @@ class DistributedTrainer(OwnLoop):
         """
         if not isinstance(num_epochs, int) or isinstance(num_epochs, bool) or num_epochs < 0:
             raise ValueError(f"num_epochs must be an int of at least 0, not {num_epochs!r}")
-        yield from range(max((loader.epoch for loader in self._loaders if loader.resumes), default=0), num_epochs)
+        return self._positions.epochs(num_epochs)
 
     def evaluate(
         self,
@@ -349,14 +359,27 @@ class DistributedTrainer(OwnLoop):
         return profile(path, self._group, (self._clock, self._replica.gradients))
 
     def close(self) -> None:
-        """Lets go of the model: its gradients are no longer summed. Local; MPI goes on until the process ends.
+        """Lets go of the model: its gradients are no longer summed. Collective, blocks; MPI goes on.
 
-        Ranks of this machine that still wait for this one get an error.
+        It waits until every rank has called it, or ends, and then makes the save that any has asked for last. So ranks
+        close their trainers in one order. Ranks of this machine that wait for this one in a step get an error.
+
+        Raises:
+            CheckpointError: A checkpoint was not made. The same on every rank.
         """
+        self._close(meets=True)
+
+    def _close(self, meets: bool) -> None:
         self._is_closed = True
-        self._replica.close()
         for group in self._own_groups:
             group.close()
+        try:
+            if meets:
+                self._saving.meet()
+            else:
+                self._saving.leave()
+        finally:
+            self._replica.close()
 
     def __enter__(self) -> DistributedTrainer:
         return self
@@ -364,7 +387,7 @@ class DistributedTrainer(OwnLoop):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._close(meets=kind is None or issubclass(kind, SystemExit))
 
     def __repr__(self) -> str:
         return (
@@ -412,4 +435,5 @@ class DistributedTrainer(OwnLoop):
         is_known = self._advice.knows(optimizer)
         ids = self._replica.check_optimizer(optimizer, is_known)
         if not is_known:
+            self._state.note_optimizer(optimizer)
             self._advice.about_optimizer(optimizer, ids, is_loud=self.rank == 0)
