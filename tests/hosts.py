@@ -88,6 +88,10 @@ class Hosts:
                 elif has_limit:
                     self._run(holder, "tc", "qdisc", "del", "dev", link, "root")
 
+    def cut(self, number: int) -> None:
+        """Cuts a host's link at the switch, as if its cable were pulled there."""
+        self._run(-1, "ip", "link", "set", f"port{number}", "down")
+
     def bytes_sent(self) -> list[int]:
         """Bytes that each host has sent over its link, with all headers."""
         shown = [

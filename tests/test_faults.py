@@ -52,6 +52,28 @@ def test_rank_killed(run):
     assert job.process.wait(LIMIT_SECONDS) != 0
     assert not job.survivors()
     assert time.monotonic() - start < LIMIT_SECONDS
+    pid = (job.folder / "1.pid").read_text()
+    said = re.findall(r"^distributed_trainer: (rank 1 .*)$", job.err, re.MULTILINE)
+    assert len(said) == 2, job.err
+    for line in said:
+        assert re.fullmatch(
+            rf"rank 1 \(\S+, process {pid}\) is dead: killed, or ended without a word; it is in "
+            rf"(train_step, \S*train.py:\d+, since|the script's own code since) \d\d:\d\d:\d\d.*",
+            line,
+        )
+
+
+def test_rank_stopped(run):
+    """Named by the others within 5 s, the default."""
+    job = run(TRAINER + "print('ready', flush=True)\nwhile True:\n    step(trainer)\n", 3)
+    job.wait_for("ready", 3)
+    os.kill(int((job.folder / "1.pid").read_text()), signal.SIGSTOP)
+    start = time.monotonic()
+    while len(said := re.findall(r"^distributed_trainer: (rank 1 .*)$", job.err, re.MULTILINE)) < 2:
+        assert time.monotonic() - start < LIMIT_SECONDS, job.err
+        time.sleep(0.05)
+    assert said[0] == said[1]
+    assert re.search(r"is stopped by a signal; it is in .*; ranks 0 and 2 wait in train_step, \S*train.py:\d+", said[0])
 
 
 @pytest.mark.parametrize("what", ["step", "sleep"])

@@ -44,6 +44,7 @@ store devices versions mpi_environment
 launch
 mpirun
 library
+places
 host_facts errors
 """.split("\n")[1:-1]
 

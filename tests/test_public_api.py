@@ -65,6 +65,8 @@ def test_signatures():
         ("nonfinite_gradients", "ignore", True),
         ("reproducible", None, True),
         ("balance", None, True),
+        ("stall_report_seconds", None, True),
+        ("stall_timeout_seconds", None, True),
     ]
     step = inspect.signature(DistributedTrainer.train_step).parameters
     assert list(step) == [

@@ -34,6 +34,7 @@ bool wait(const Pending& pending, std::optional<double> timeout_seconds) {
   using namespace std::chrono;
   constexpr microseconds between_signal_checks(100000);
   const auto deadline = steady_clock::now() + duration_cast<microseconds>(duration<double>(timeout_seconds.value_or(0)));
+  std::optional<Watch::Waiting> waiting;
   for (;;) {
     auto slice = between_signal_checks;
     if (timeout_seconds) slice = std::min(slice, duration_cast<microseconds>(deadline - steady_clock::now()));
@@ -45,6 +46,7 @@ bool wait(const Pending& pending, std::optional<double> timeout_seconds) {
     if (done) break;
     if (PyErr_CheckSignals() != 0) throw nb::python_error();
     if (timeout_seconds && steady_clock::now() >= deadline) return false;
+    if (!waiting) waiting.emplace(pending.engine->watch(), pending.group->world_ranks(), pending.operation->call());
   }
   pending.operation->rethrow();
   return true;
@@ -83,7 +85,7 @@ DataType dtype_of_parts(nb::handle tensors) {
 template <class Call>
 Pending released(const EngineGroup& group, Call&& call) {
   const GilRelease release;
-  return {group.engine, call(*group.engine, *group.group)};
+  return {group.engine, group.group, call(*group.engine, *group.group)};
 }
 
 }  // namespace
@@ -287,7 +289,7 @@ void bind_group(nb::module_& m) {
             const GilRelease release;
             return self.engine->describe_wait(*self.group, *pending.operation);
           },
-          nb::arg("operation"), "What it waits for, and whether this is the first rank that waits. Takes up to 1 s.")
+          nb::arg("operation"), "What it waits for. Takes up to 1 s.")
       .def(
           "give_up",
           [](const EngineGroup& self, const std::string& reason) {

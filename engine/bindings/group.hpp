@@ -17,6 +17,7 @@ struct EngineGroup {
 
 struct Pending {
   std::shared_ptr<Engine> engine;
+  std::shared_ptr<Group> group;
   std::shared_ptr<Operation> operation;
 };
 

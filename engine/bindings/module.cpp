@@ -126,6 +126,32 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           nb::arg("ranks"), "Collective over the ranks named, blocks.")
       .def("create_mailbox", &Engine::create_mailbox, nb::call_guard<GilRelease>(),
            "Collective over all ranks, blocks.")
+      .def(
+          "set_limits",
+          [](Engine& self, std::optional<double> report_seconds, std::optional<double> timeout_seconds) {
+            self.watch().set_limits(report_seconds, timeout_seconds);
+          },
+          nb::arg("report_seconds"), nb::arg("timeout_seconds"),
+          "A wait is reported before it has lasted so long, at first 5; a rank that is silent for the timeout, at first "
+          "600, ends the job. None leaves a limit as it is. Local.")
+      .def("set_stack_signal", [](Engine& self, int signal) { self.watch().set_stack_signal(signal); },
+           nb::arg("signal"), "Sent to the main thread when others wait for this rank; 0 for none. Local.")
+      .def(
+          "note_call",
+          [](Engine& self, const std::string& call, const std::string& file, int line) {
+            self.watch().note_call(call, file, line);
+          },
+          nb::arg("call"), nb::arg("file"), nb::arg("line"), "The script calls the trainer, from there. Local.")
+      .def("note_return", [](Engine& self) { self.watch().note_return(); }, "And has got its result. Local.")
+      .def(
+          "describe_places",
+          [](Engine& self) {
+            const GilRelease release;
+            return self.watch().describe_places();
+          },
+          "The last note_call() of each rank, in words. Asks other nodes, which takes up to a second. Local.")
+      .def("note_failure", [](Engine& self) { self.watch().note_failure(); },
+           "The exception that ends this rank was printed. Local.")
       .def("close", &Engine::close, nb::call_guard<GilRelease>());
 
   m.attr("engine_version") = ENGINE_VERSION;

@@ -193,17 +193,23 @@ std::vector<std::byte*> Group::shared_buffers() const {
 }
 
 void Group::check_all_here() const {
-  const int member = local_.first_left(num_finished_);
-  if (member < 0 || member == local_.rank()) return;
-  const std::string reason = local_.reason_of(member);
-  // It may have come to where this rank waits, and left after that; then what is waited for has come by now.
   const Operation& head = *queue_.front();
+  const auto leaves = [&](int member) {
+    return RankLeft("rank " + std::to_string(member) + " has left the job, or closed its trainer, while rank " +
+                    std::to_string(rank()) + " waits for it in " + head.call_.description() + ", collective " +
+                    std::to_string(num_finished_) + " of this group. Make the same number of calls on every rank");
+  };
+  for (const auto& [member, num_completed] : left_elsewhere_) {
+    if (num_completed <= num_finished_) throw leaves(member);
+  }
+  const int neighbour = local_.first_left(num_finished_);
+  if (neighbour < 0 || neighbour == local_.rank()) return;
+  const int member = ranks_of_node(node())[static_cast<std::size_t>(neighbour)];
+  const std::string reason = local_.reason_of(neighbour);
+  // It may have come to where this rank waits, and left after that; then what is waited for has come by now.
   if (reason.empty() && (!head.task_ ? local_.all_posted(num_finished_) : head.task_->is_ready())) return;
-  const std::string who = "rank " + std::to_string(ranks_of_node(node())[static_cast<std::size_t>(member)]);
-  if (!reason.empty()) throw RankLeft(who + " has given up this group: " + reason);
-  throw RankLeft(who + " has left the job, or closed its trainer, while rank " + std::to_string(rank()) +
-                 " waits for it in " + head.call_.description() + ", collective " + std::to_string(num_finished_) +
-                 " of this group. Make the same number of calls on every rank");
+  if (!reason.empty()) throw RankLeft("rank " + std::to_string(member) + " has given up this group: " + reason);
+  throw leaves(member);
 }
 
 // Ranks that have not called the head of the queue, as far as is known here.
@@ -221,12 +227,6 @@ std::vector<std::pair<int, std::optional<LastSeen>>> Group::absent() const {
     if (!seen || seen->num_calls <= num_finished_) ranks.emplace_back(member, seen);
   }
   return ranks;
-}
-
-bool Group::is_first_here() const {
-  int first = 0;
-  for (const auto& [member, seen] : absent()) first += member == first ? 1 : 0;
-  return first == rank();
 }
 
 bool Group::knows_all() const {

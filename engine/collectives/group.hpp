@@ -8,6 +8,7 @@
 #include <deque>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -29,6 +30,7 @@ class Operation {
   // `start` makes the task once all ranks are known to call the same, so it may look at what they call.
   Operation(const Call& call, std::function<Task(Operation&)> start) : call_(call), start_(std::move(start)) {}
 
+  const Call& call() const { return call_; }
   bool is_message() const { return call_.collective >= Collective::send; }
   // Of a receive that is done: the rank that sent.
   int source() const { return source_; }
@@ -132,13 +134,13 @@ class Group {
 
   // What `operation` waits for, in words: which ranks have not come, and where they were last seen.
   std::string describe_wait(const Operation& operation) const;
-  // Whether this rank is the first of those that have come to where the head of the queue is.
-  bool is_first_here() const;
   // Where this rank was last seen, and what other nodes' ranks have said of themselves.
   LastSeen last_seen() const { return local_.last_seen(local_.rank()); }
   void set_last_seen(int member, const LastSeen& seen) { others_[static_cast<std::size_t>(member)] = seen; }
   void forget_others() { others_.assign(static_cast<std::size_t>(size()), std::nullopt); }
   bool knows_all() const;
+  // A member on another node takes part in nothing after its first `num_completed` collectives.
+  void note_left(int member, std::uint64_t num_completed) { left_elsewhere_[member] = num_completed; }
 
   // Whether an operation failed on its way: MPI may still move bytes of it.
   bool has_abandoned() const { return !abandoned_.empty(); }
@@ -175,6 +177,7 @@ class Group {
   std::uint64_t num_finished_ = 0;
   std::uint64_t num_long_messages_ = 0;
   std::vector<std::optional<LastSeen>> others_;
+  std::map<int, std::uint64_t> left_elsewhere_;
   std::exception_ptr failure_;
 };
 

@@ -44,6 +44,7 @@ std::string Call::description() const {
     case Collective::receive:
       return root < 0 ? "receive(from any rank, " + elements + ")" : rooted("receive(from rank ");
     case Collective::barrier: return "barrier()";
+    case Collective::set_up: return "the set-up of a group or its memory";
     case Collective::reduce_shards: return std::string("reduce_shards(") + name(op) + ", " + elements + checked + ")";
     case Collective::gather_shards: return "gather_shards(" + elements + ")";
   }

@@ -22,7 +22,8 @@ namespace dtrain {
 enum class Collective : std::uint8_t {
   all_reduce, reduce, broadcast, all_gather, reduce_scatter, all_to_all, gather, scatter, barrier, reduce_shards,
   gather_shards,
-  send, receive  // these two have no place in the sequence
+  set_up,        // of groups and memory: these three have no place in the sequence
+  send, receive
 };
 
 // What a rank says it calls. All members must say the same at the same place in a group's sequence.

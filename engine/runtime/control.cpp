@@ -5,30 +5,60 @@
 #include <thread>
 
 #include "collectives/errors.hpp"
+#include "mpi/library.hpp"
 #include "runtime/engine.hpp"
 
 namespace dtrain {
+
+struct ControlMessage {
+  enum class Kind : std::uint8_t {
+    question, answer,  // where the sender is in the group
+    left, given_up,    // it takes part in nothing more of the group
+    look, want, seen   // how the sender and its neighbours are, whatever the group; `want`: others wait for it, too
+  } kind{};
+  std::uint64_t group = 0;
+  int member = 0;  // who says it; of the last three its number among all ranks
+  LastSeen last_seen{};
+  Snapshot snapshot{};
+  std::array<char, 1000> reason{};
+};
+
 namespace {
 
+using Kind = ControlMessage::Kind;
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 constexpr milliseconds between_looks(10);  // a look takes a microsecond
 constexpr milliseconds longest_answer(1000);
 
-struct Message {
-  enum class Kind : std::uint8_t { question, answer, given_up } kind;
-  std::uint64_t group;
-  int member;  // who says it
-  LastSeen seen;
-  std::array<char, 1000> reason;
-};
-
-void post(mpi::Mailbox& control, const Message& message, int destination) {
-  control.post(std::as_bytes(std::span(&message, 1)), destination);
+void post(mpi::Mailbox& control, const ControlMessage& message, int destination) {
+  try {
+    control.post(std::as_bytes(std::span(&message, 1)), destination);
+  } catch (const mpi::Error&) {
+    // A rank that can't be reached gives no answer, which is what will be said of it.
+  }
 }
 
 }  // namespace
+
+void Engine::start_watch(const AllGather& all_gather) {
+  const Origin own = Origin::own();
+  std::vector<Origin> origins(static_cast<std::size_t>(size()));
+  all_gather(std::as_bytes(std::span(&own, 1)), std::as_writable_bytes(std::span(origins)));
+  const auto ask = [this](int peer, bool is_wanted) {
+    post(*control_, {.kind = is_wanted ? Kind::want : Kind::look, .member = rank()}, peer);
+  };
+  const auto fail = [this](const std::string& reason) {
+    std::vector<std::shared_ptr<Group>> groups;
+    {
+      const std::scoped_lock lock(drive_mutex_);
+      groups = groups_;
+    }
+    for (const auto& group : groups) give_up(*group, reason);
+  };
+  watch_ = std::make_unique<Watch>(rank(), std::move(origins), status_of_rank_, Watch::Engine{ask, fail});
+}
 
 // By the engine thread.
 void Engine::answer_control() {
@@ -36,36 +66,52 @@ void Engine::answer_control() {
   next_control_ = steady_clock::now() + between_looks;
   control_->is_flushed();
   while (const auto bytes = control_->collect()) {
-    Message message;
+    ControlMessage message;
     std::memcpy(&message, bytes->data(), sizeof(message));
+    switch (message.kind) {
+      case Kind::want: watch_->note_wanted(); [[fallthrough]];
+      case Kind::look:
+        for (const Snapshot& seen : watch_->seen_here()) {
+          post(*control_, {.kind = Kind::seen, .member = rank(), .snapshot = seen}, message.member);
+        }
+        continue;
+      case Kind::seen: watch_->hear(message.snapshot); continue;
+      default: break;
+    }
     const std::scoped_lock lock(drive_mutex_);
     for (const auto& group : groups_) {
       if (group->id() != message.group) continue;
       switch (message.kind) {
-        case Message::Kind::question:
-          post(*control_, {Message::Kind::answer, message.group, group->rank(), group->last_seen(), {}},
+        case Kind::question:
+          post(*control_,
+               {.kind = Kind::answer, .group = message.group, .member = group->rank(), .last_seen = group->last_seen()},
                group->world_ranks()[static_cast<std::size_t>(message.member)]);
           break;
-        case Message::Kind::answer: group->set_last_seen(message.member, message.seen); break;
-        case Message::Kind::given_up:
+        case Kind::answer: group->set_last_seen(message.member, message.last_seen); break;
+        case Kind::left: group->note_left(message.member, message.last_seen.num_calls); break;
+        case Kind::given_up:
           group->fail(std::make_exception_ptr(RankLeft("rank " + std::to_string(message.member) +
                                                        " has given up this group: " + message.reason.data())));
           break;
+        default: break;
       }
     }
   }
 }
 
-std::pair<std::string, bool> Engine::describe_wait(Group& group, const Operation& operation) {
+void Engine::post_to_other_nodes(const Group& group, const ControlMessage& message) {
+  if (!control_) return;
+  for (const int peer : group.world_ranks()) {
+    if (status_of_rank_[static_cast<std::size_t>(peer)] == nullptr) post(*control_, message, peer);
+  }
+}
+
+std::string Engine::describe_wait(Group& group, const Operation& operation) {
   if (control_) {
     {
       const std::scoped_lock lock(drive_mutex_);
       group.forget_others();
-      for (int member = 0; member < group.size(); ++member) {
-        const int peer = group.world_ranks()[static_cast<std::size_t>(member)];
-        if (doorbell_of_rank_[static_cast<std::size_t>(peer)] != nullptr) continue;  // on this node
-        post(*control_, {Message::Kind::question, group.id(), group.rank(), {}, {}}, peer);
-      }
+      post_to_other_nodes(group, {.kind = Kind::question, .group = group.id(), .member = group.rank()});
     }
     const auto deadline = steady_clock::now() + longest_answer;
     while (steady_clock::now() < deadline) {
@@ -77,21 +123,31 @@ std::pair<std::string, bool> Engine::describe_wait(Group& group, const Operation
     }
   }
   const std::scoped_lock lock(drive_mutex_);
-  return {group.describe_wait(operation), operation.is_message() || group.is_first_here()};
+  return group.describe_wait(operation);
 }
 
 void Engine::give_up(Group& group, const std::string& reason) {
-  if (control_) {
-    Message message{Message::Kind::given_up, group.id(), group.rank(), {}, {}};
-    reason.copy(message.reason.data(), message.reason.size() - 1);
-    for (const int peer : group.world_ranks()) {
-      if (doorbell_of_rank_[static_cast<std::size_t>(peer)] == nullptr) post(*control_, message, peer);
-    }
-  }
+  ControlMessage message{.kind = Kind::given_up, .group = group.id(), .member = group.rank()};
+  reason.copy(message.reason.data(), message.reason.size() - 1);
+  post_to_other_nodes(group, message);
   const std::scoped_lock lock(drive_mutex_);
   group.local().leave(reason);
   take_inbox();
   group.fail(std::make_exception_ptr(RankLeft("this rank has given up the group: " + reason)));
+}
+
+// With drive_mutex_ held.
+void Engine::tell_of_leaving(const Group& group) {
+  ControlMessage message{.kind = Kind::left, .group = group.id(), .member = group.rank()};
+  message.last_seen.num_calls = group.sequence();
+  post_to_other_nodes(group, message);
+}
+
+// MPI may not send on what is under way once nobody calls it.
+void Engine::flush_control() {
+  if (!control_) return;
+  const auto deadline = steady_clock::now() + longest_answer;
+  while (!control_->is_flushed() && steady_clock::now() < deadline) std::this_thread::sleep_for(milliseconds(1));
 }
 
 }  // namespace dtrain

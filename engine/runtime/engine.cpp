@@ -44,6 +44,7 @@ void spin(int num_spins) {
 }
 
 constexpr int group_tag = 1;
+constexpr Call set_up{.collective = Collective::set_up};
 
 [[noreturn]] void end_without_mpi() {
   constexpr std::chrono::seconds patience(5);
@@ -64,20 +65,21 @@ Engine::Engine(const EngineOptions& options)
                                  options.numa_node);
   std::vector<int> everyone(static_cast<std::size_t>(size()));
   std::iota(everyone.begin(), everyone.end(), 0);
-  doorbell_pages_ = node_->share(static_cast<std::size_t>(sysconf(_SC_PAGESIZE)), everyone, all_gather);
+  status_memory_ = node_->share(static_cast<std::size_t>(sysconf(_SC_PAGESIZE)), everyone, all_gather);
 
   const std::vector<int>& nodes = node_->node_of_rank();
-  doorbell_of_rank_.resize(nodes.size());
+  status_of_rank_.resize(nodes.size());
   int num_local = 0;
   for (std::size_t peer = 0; peer < nodes.size(); ++peer) {
     if (nodes[peer] != nodes[static_cast<std::size_t>(rank())]) continue;
-    const auto page = doorbell_pages_[static_cast<std::size_t>(num_local++)].bytes();
-    doorbell_of_rank_[peer] = reinterpret_cast<Doorbell*>(page.data());
+    const auto page = status_memory_[static_cast<std::size_t>(num_local++)].bytes();
+    status_of_rank_[peer] = reinterpret_cast<StatusPage*>(page.data());
   }
   const bool one_node = std::ranges::max(nodes) == 0;
   has_thread_ = size() > 1 && (!one_node || node_->num_cores() >= spare_cores_per_rank * num_local);
   waiters_spin_ = node_->num_cores() >= num_local;
   if (!one_node) control_ = std::make_shared<mpi::Mailbox>(world_.duplicate());
+  start_watch(all_gather);
   if (has_thread_) {
     thread_ = std::make_unique<std::thread>([this] { run(); });
     pthread_setname_np(thread_->native_handle(), "dtrain-engine");
@@ -112,6 +114,7 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
   }
   require_open();
   drain();
+  const Watch::Waiting waiting(*watch_, ranks, set_up);
   mpi::Communicator communicator = world_.create_group(ranks, group_tag);
   auto blocks = std::make_shared<const Allocation>(
       node_->share(LocalGroup::block_bytes(), ranks, gather_over(communicator)));
@@ -129,7 +132,7 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
     node_of_rank.push_back(static_cast<int>(number - numbers.begin()));
     if (node != nodes[static_cast<std::size_t>(rank())]) continue;
     if (peer == rank()) local_rank = static_cast<int>(doorbells.size());
-    doorbells.push_back(doorbell_of_rank_[static_cast<std::size_t>(peer)]);
+    doorbells.push_back(&status_of_rank_[static_cast<std::size_t>(peer)]->doorbell);
     numa_nodes.push_back(node_->numa_node_of(peer));
   }
   LocalGroup local(local_rank, std::move(blocks), std::move(doorbells), find_domains(numa_nodes));
@@ -156,6 +159,7 @@ void Engine::leave(Group& group) {
   const auto entry = std::ranges::find(groups_, &group, &std::shared_ptr<Group>::get);
   if (entry == groups_.end()) return;
   group.local().leave();
+  tell_of_leaving(group);
   take_inbox();  // submit() adds nothing to it from here on
   group.fail(std::make_exception_ptr(std::runtime_error("this rank has closed the group or the engine")));
   // MPI may give a freed communicator's number to the next one, and that would get what is still under way.
@@ -170,6 +174,9 @@ void Engine::leave(Group& group) {
 std::shared_ptr<mpi::Mailbox> Engine::create_mailbox() {
   require_open();
   drain();
+  std::vector<int> everyone(static_cast<std::size_t>(size()));
+  std::iota(everyone.begin(), everyone.end(), 0);
+  const Watch::Waiting waiting(*watch_, everyone, set_up);
   auto mailbox = std::make_shared<mpi::Mailbox>(world_.duplicate());
   mailboxes_.push_back(mailbox);
   return mailbox;
@@ -178,6 +185,7 @@ std::shared_ptr<mpi::Mailbox> Engine::create_mailbox() {
 std::shared_ptr<const Allocation> Engine::allocate(Group& group, std::size_t num_bytes) {
   require_open();
   drain();
+  const Watch::Waiting waiting(*watch_, group.world_ranks(), set_up);
   const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   const std::size_t num_pages = std::max<std::size_t>(1, num_bytes / page_bytes + (num_bytes % page_bytes != 0 ? 1 : 0));
   auto allocation = std::make_shared<const Allocation>(
@@ -196,6 +204,7 @@ void Engine::release(Group& group, std::span<const std::byte> memory) {
 std::shared_ptr<const Mapping> Engine::allocate_shared(Group& group, std::size_t num_bytes) {
   require_open();
   drain();
+  const Watch::Waiting waiting(*watch_, group.world_ranks(), set_up);
   Mapping block = node_->share_one(std::max<std::size_t>(1, num_bytes), group.world_ranks(),
                                    gather_over(group.communicator()));
   block.inherit();
@@ -348,6 +357,8 @@ void Engine::close() {
   const std::scoped_lock lock(drive_mutex_);
   while (!groups_.empty()) leave(*groups_.front());
   own_doorbell().ring();
+  watch_->close();
+  flush_control();
   for (const auto& mailbox : mailboxes_) mailbox->close();
   if (initialized_mpi_) {
     // MPI may wait for ever for what peers that were given up have not sent.

@@ -24,8 +24,11 @@
 #include "collectives/shards.hpp"
 #include "memory/node.hpp"
 #include "mpi/mailbox.hpp"
+#include "runtime/watch.hpp"
 
 namespace dtrain {
+
+struct ControlMessage;
 
 struct EngineOptions {
   std::uintptr_t communicator_address = 0;  // of an MPI_Comm to duplicate; 0 for the world
@@ -56,9 +59,12 @@ class Engine {
   // who holds it; its communicator is kept until the engine closes, since freeing it is collective.
   void close_group(Group& group);
 
-  // What `operation` of `group` waits for, in words, and whether this rank is the first of those that wait. Asks ranks
-  // on other nodes where they are, and gives them a second to answer. Local.
-  std::pair<std::string, bool> describe_wait(Group& group, const Operation& operation);
+  // Says what this process waits for when that takes long.
+  Watch& watch() { return *watch_; }
+
+  // What `operation` of `group` waits for, in words. Asks ranks on other nodes where they are, and gives them a second to
+  // answer. Local.
+  std::string describe_wait(Group& group, const Operation& operation);
   // Local. This rank takes part in nothing more of `group`; its operations fail with `reason`, and so do those of the
   // other ranks, also what they call later.
   void give_up(Group& group, const std::string& reason);
@@ -119,9 +125,13 @@ class Engine {
   bool needs_polling();
   void take_inbox();
   void answer_control();
+  void post_to_other_nodes(const Group& group, const ControlMessage& message);
+  void tell_of_leaving(const Group& group);
+  void flush_control();
   void leave(Group& group);
+  void start_watch(const AllGather& all_gather);
   void require_open();
-  Doorbell& own_doorbell() { return *doorbell_of_rank_[static_cast<std::size_t>(rank())]; }
+  Doorbell& own_doorbell() { return status_of_rank_[static_cast<std::size_t>(rank())]->doorbell; }
   void drain();
   void run();
   void sleep(std::chrono::microseconds timeout);
@@ -130,8 +140,8 @@ class Engine {
   bool initialized_mpi_;
   mpi::Communicator world_;
   std::unique_ptr<Node> node_;
-  std::vector<Mapping> doorbell_pages_;   // of the ranks on this node, in their order
-  std::vector<Doorbell*> doorbell_of_rank_;  // null for ranks on other nodes
+  std::vector<Mapping> status_memory_;   // of the ranks on this node, in their order
+  std::vector<StatusPage*> status_of_rank_;  // null for ranks on other nodes
   bool has_thread_ = false;
   bool waiters_spin_ = false;
   const int max_tag_;
@@ -154,6 +164,7 @@ class Engine {
   std::atomic<bool> stopping_ = false;
   bool is_closed_ = false;
   std::unique_ptr<std::thread> thread_;
+  std::unique_ptr<Watch> watch_;
 };
 
 }  // namespace dtrain

@@ -115,24 +115,26 @@ const Test mismatch("engine: ranks that call different collectives get one error
   }
 });
 
-const Test left("engine: a rank that leaves is named to those who wait for it", Runs::on_ranks, [] {
-  Ranks ranks;
-  Engine& engine = ranks.engine;
-  const auto group = ranks.all();
-  const int last = engine.size() - 1;
-  std::vector<std::int64_t> values(3, 1);
-  finish(engine, engine.all_reduce(*group, bytes_of(values), sum_of_int64));
-  expect_equal(values[2], engine.size(), "before");
-  if (engine.rank() == last) return;
-  std::vector<int> staying;
-  for (int rank = 0; rank < last; ++rank) staying.push_back(rank);
-  const auto those_who_stay = engine.create_group(staying);
-  const std::string text = "rank " + std::to_string(last) + " has left the job, or closed its trainer, while rank " +
-                           std::to_string(engine.rank()) + " waits for it in all_reduce(sum, 3 int64), collective 1";
-  const auto operation = engine.all_reduce(*group, bytes_of(values), sum_of_int64);
-  expect_throws<RankLeft>([&] { finish(engine, operation); }, text);
-  expect_throws<RankLeft>([&] { finish(engine, engine.barrier(*group)); }, text);
-  finish(engine, engine.barrier(*those_who_stay));  // or the first of them to leave would be named to the others
+const Test left("engine: a rank that leaves is named to those who wait for it, on every node", Runs::on_ranks, [] {
+  for (const int max_ranks_per_node : {0, 1, 2}) {
+    Ranks ranks(max_ranks_per_node);
+    Engine& engine = ranks.engine;
+    const auto group = ranks.all();
+    const int last = engine.size() - 1;
+    std::vector<std::int64_t> values(3, 1);
+    finish(engine, engine.all_reduce(*group, bytes_of(values), sum_of_int64));
+    expect_equal(values[2], engine.size(), "before");
+    if (engine.rank() == last) continue;
+    std::vector<int> staying;
+    for (int rank = 0; rank < last; ++rank) staying.push_back(rank);
+    const auto those_who_stay = engine.create_group(staying);
+    const std::string text = "rank " + std::to_string(last) + " has left the job, or closed its trainer, while rank " +
+                             std::to_string(engine.rank()) + " waits for it in all_reduce(sum, 3 int64), collective 1";
+    const auto operation = engine.all_reduce(*group, bytes_of(values), sum_of_int64);
+    expect_throws<RankLeft>([&] { finish(engine, operation); }, text);
+    expect_throws<RankLeft>([&] { finish(engine, engine.barrier(*group)); }, text);
+    finish(engine, engine.barrier(*those_who_stay));  // or the first of them to leave would be named to the others
+  }
 });
 
 const Test closed_group("engine: closing one group fails it alone", Runs::on_ranks, [] {
@@ -145,14 +147,13 @@ const Test closed_group("engine: closing one group fails it alone", Runs::on_ran
     finish(engine, engine.barrier(*group));
     const bool closes = engine.rank() == engine.size() - 1;
     const auto operation = closes ? nullptr : engine.all_reduce(*group, bytes_of(values), sum_of_int64);
-    if (closes || max_ranks_per_node == 1) {  // between nodes nobody hears of it
+    if (closes) {
       engine.close_group(*group);
       engine.close_group(*group);
-      const std::string text = "this rank has closed the group";
-      if (operation) expect_throws<std::runtime_error>([&] { finish(engine, operation); }, text);
-      expect_throws<std::runtime_error>([&] { engine.barrier(*group); }, text);
+      expect_throws<std::runtime_error>([&] { engine.barrier(*group); }, "this rank has closed the group");
     } else {
       expect_throws<RankLeft>([&] { finish(engine, operation); }, "has left the job, or closed its trainer");
+      engine.close_group(*group);
     }
     finish(engine, engine.barrier(*other));
   }

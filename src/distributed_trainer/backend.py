@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,10 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .work import Work, in_callback
-
-logger = logging.getLogger("distributed_trainer")
-
-_REPORT_SECONDS = 5.0  # how long a wait may take until it is said what it is for
 
 _OPERATIONS = {
     dist.ReduceOp.SUM: "SUM",
@@ -409,21 +404,15 @@ class ProcessGroupShmpi(dist.ProcessGroup):
     def _wait(self, operation: Any, timeout_seconds: float | None) -> None:
         if timeout_seconds is not None:  # the caller's, who may wait again
             if not operation.wait(timeout_seconds):
-                text, _ = self._group.describe_wait(operation)
+                text = self._group.describe_wait(operation)
                 raise dist.DistBackendError(f"after {timeout_seconds:g} s {text}")
             return
         self._wait_or_give_up(operation, self._timeout.total_seconds())
 
     def _wait_or_give_up(self, operation: Any, limit: float) -> None:
-        if operation.wait(min(limit, _REPORT_SECONDS)):
+        if operation.wait(limit):
             return
-        if limit > _REPORT_SECONDS:
-            text, is_first = self._group.describe_wait(operation)
-            if is_first:
-                logger.warning(f"for {_REPORT_SECONDS:g} s {text}. It goes on waiting, up to {limit:g} s in all.")
-            if operation.wait(limit - _REPORT_SECONDS):
-                return
-        text, _ = self._group.describe_wait(operation)
+        text = self._group.describe_wait(operation)
         if operation.is_done():  # or given up by another rank meanwhile
             operation.wait(0)
             return

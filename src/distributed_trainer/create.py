@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,12 +13,12 @@ from . import job as jobs
 from .backend import ProcessGroupShmpi
 from .compression import PowerSGD
 from .options import TrainerOptions
+from .places import noted
 from .sharding import check_model
 from .trainer import DistributedTrainer
 
-_MEETING_TIMEOUT = timedelta(days=7)  # one rank may go on by itself as long as it likes before it closes its trainer
 
-
+@noted
 def create_distributed_trainer(
     model: nn.Module,
     num_gpus: int | None = None,
@@ -34,6 +33,8 @@ def create_distributed_trainer(
     nonfinite_gradients: str = "ignore",
     reproducible: int | None = None,
     balance: str | None = None,
+    stall_report_seconds: float | None = None,
+    stall_timeout_seconds: float | None = None,
 ) -> DistributedTrainer:
     """Makes a trainer for `model`. Collective: every rank calls it, with the same model; blocks.
 
@@ -74,6 +75,11 @@ def create_distributed_trainer(
             to OMP_NUM_THREADS, else to 1. Costs time; for `train_step` only.
         balance: "speed" splits batches in proportion to how fast the ranks compute, which `train_step` watches; the
             mean stays exact. A part of `trainer.loader` changes with the epoch only. None splits them evenly.
+        stall_report_seconds: When a rank has waited for so long, it says on stderr which rank it waits for, where that
+            one is, since when and why (docs/reliability.md). This and the next are of the whole process; None leaves
+            what an earlier trainer has set, at first 5 and 600.
+        stall_timeout_seconds: A rank that is stopped or does not answer for so long ends the job. One that merely
+            takes long does not.
 
     Raises:
         TypeError, ValueError: An argument is not what is described here.
@@ -87,6 +93,12 @@ def create_distributed_trainer(
         *(split_batches, sync_batchnorm, compression, shard_optimizer, wire_dtype, nonfinite_gradients),
         *(reproducible, balance),
     )
+    for name, seconds in (
+        ("stall_report_seconds", stall_report_seconds),
+        ("stall_timeout_seconds", stall_timeout_seconds),
+    ):
+        if seconds is not None and (not isinstance(seconds, int | float) or not seconds > 0):
+            raise ValueError(f"{name} must be a number of seconds above 0, not {seconds!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -109,10 +121,11 @@ def create_distributed_trainer(
         groups = (gradient_group, *(dist.new_group(ranks, use_local_synchronization=True) for _ in range(2)))
         return DistributedTrainer(model, groups, device, 0, options, owns_groups=False)
     job = jobs.start(num_gpus, comm)
+    job.engine.set_limits(stall_report_seconds, stall_timeout_seconds)
     if job.rank == 0:
         mode = "every rank reads the whole batch" if split_batches else "every rank reads its own part"
         print(f"distributed_trainer: {job.summary}; {mode}", flush=True)
-    groups = (job.create_group(wire_dtype=wire_dtype), job.create_group(), job.create_group(timeout=_MEETING_TIMEOUT))
+    groups = (job.create_group(wire_dtype=wire_dtype), job.create_group(), job.create_group())
     if shard_optimizer:
         check_model(model, groups[0], job.device)
     model.to(job.device)

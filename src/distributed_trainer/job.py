@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch._C._dynamo import eval_frame
 
-from . import devices, launch, library, mpi_environment, mpirun, versions
+from . import devices, launch, library, mpi_environment, mpirun, places, versions
 from .backend import ProcessGroupShmpi, gather_objects
 from .errors import LaunchError, MismatchError
 from .inner import ProcessGroupShmpiWithInner
@@ -158,6 +158,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
         launch.raise_once(error, launcher)
     ranks_per_node = int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0"))
     engine = module.Engine(_address_of(comm), ranks_per_node, initialized_mpi=initialized_mpi)
+    places.watch(engine)
     if not _jobs:
         launch.mark_rank()
         atexit.register(_close_all, os.getpid())

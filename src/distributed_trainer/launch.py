@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
+from . import places
 from .errors import LaunchError, MPINotFoundError
 from .library import MPILibrary
 from .mpirun import find_mpirun, mpirun_environment
@@ -279,6 +280,7 @@ def install_excepthook(abort: Callable[[int], object], rank: int, world_size: in
     def end_job(kind: type, error: BaseException, trace: TracebackType | None) -> None:
         exit_code = 130 if issubclass(kind, KeyboardInterrupt) else 1
         place = f"rank {rank} of {world_size} on {socket.gethostname()}"
+        places.note_failure()
         if isinstance(sys.stderr, io.StringIO):
             # torch.distributed's hook collects what is printed here and prints it later, but there is no later.
             sys.stderr = sys.__stderr__

@@ -19,6 +19,7 @@ from .advice import Advice
 from .backend import gather_bytes
 from .errors import MismatchError
 from .options import TrainerOptions
+from .places import noted
 from .replica import Replica
 from .saving import Saving
 
@@ -57,6 +58,7 @@ class OwnLoop:
         with self._noted("forward"), self._replica.around_step(), self._replica.around_piece():
             yield
 
+    @noted
     def backward(self, loss: Tensor, weight: float | None) -> Tensor:
         """`loss.backward()` in a loop of your own: each `.grad` gets the sum over all ranks added. Collective, blocks.
 
@@ -139,6 +141,7 @@ class OwnLoop:
         finally:
             self._holds_back = False
 
+    @noted
     def step(
         self,
         optimizer: torch.optim.Optimizer,

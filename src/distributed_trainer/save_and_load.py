@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import restoring
+from .places import noted
 from .saving import Request, Saving
 from .training_state import MODEL, TrainingState
 
@@ -45,6 +46,7 @@ class SaveAndLoad:
         self._check_open()
         self._saving.request(_request(folder, keep, objects))
 
+    @noted
     def load(self, folder: str | os.PathLike[str], **objects: Any) -> int:
         """Goes on from a checkpoint, of any number of ranks. Collective, blocks.
 
@@ -65,6 +67,7 @@ class SaveAndLoad:
         _check_objects(objects)
         return restoring.load(Path(folder).absolute(), objects, self._state, self._group)
 
+    @noted
     def resume(self, folder: str | os.PathLike[str], *, keep: int = 2, **objects: Any) -> int | None:
         """Goes on from the newest whole checkpoint in `folder`, if there is one. Collective, blocks.
 

@@ -29,10 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import job as jobs
-from .backend import gather_bytes, gather_json, message_device
+from .backend import gather_bytes, gather_json
 from .checkpoint import temporary_folder
 from .errors import CheckpointError, DistributedTrainerError, MismatchError
 from .training_state import OwnPart, TrainingState
@@ -122,10 +120,8 @@ class Saving:
         if flags:
             self._take_part(flags, self._group)
 
-    def meet(self, is_exit: bool = False) -> None:
+    def meet(self) -> None:
         """Waits for the other ranks' end, and makes saves that any still asks for. Collective, blocks.
-
-        Unless the process ends, a wait of 5 s is reported.
 
         Raises:
             CheckpointError, MismatchError, SystemExit: As `take_part`. The same on every rank.
@@ -134,7 +130,7 @@ class Saving:
             return
         own = self.flags
         try:
-            rows = self._gather_flags(own, is_exit)
+            rows = [row[0] for row in gather_bytes(self._meeting_group, bytes([own]))]
         except DistributedTrainerError as error:
             if self._writing is not None:
                 self._writing.wait_for_part()
@@ -152,16 +148,6 @@ class Saving:
             )
         self._take_part(flags, self._meeting_group)
         self._settle(self._meeting_group)
-
-    def _gather_flags(self, own: int, is_exit: bool) -> list[int]:
-        """All ranks' at the meeting, however long they take to come. Collective, blocks."""
-        group = self._meeting_group
-        if is_exit:  # as MPI_Finalize waits, without a word
-            return [row[0] for row in gather_bytes(group, bytes([own]))]
-        flags = torch.tensor([own], dtype=torch.uint8, device=message_device(group))
-        gathered = torch.empty(self._num_ranks, dtype=torch.uint8, device=flags.device)
-        group._allgather_base(gathered, flags).wait()
-        return gathered.tolist()
 
     def leave(self) -> None:
         """Ends without a meeting, which others may wait for: takes part in that when the process ends. Local."""
@@ -292,7 +278,7 @@ class _AtExit:
                     saving.leave()
                 if saving.meets_at_exit:
                     with contextlib.suppress(SystemExit):
-                        saving.meet(is_exit=True)
+                        saving.meet()
                     continue
                 if saving._writing is not None:
                     saving._writing.wait_for_part()

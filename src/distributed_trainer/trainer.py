@@ -26,6 +26,7 @@ from .loader import PartLoader
 from .memory import FittingPieces
 from .options import TrainerOptions
 from .own_loop import OwnLoop
+from .places import noted
 from .positions import Positions
 from .profile import profile
 from .replica import Replica, ReproducibleReplica
@@ -95,6 +96,7 @@ class DistributedTrainer(OwnLoop, SaveAndLoad):
         """That of the last step with `clip_norm`, before clipping: 0-dimensional, the same on every rank."""
         return self._replica.gradient_norm
 
+    @noted
     def train_step(
         self,
         inputs: Any,
@@ -205,6 +207,7 @@ class DistributedTrainer(OwnLoop, SaveAndLoad):
             finally:
                 self._agreement.is_out_of_data = False
 
+    @noted
     def loader(
         self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool = False, drop_last: bool = False, **options: Any
     ) -> PartLoader:
@@ -257,6 +260,7 @@ class DistributedTrainer(OwnLoop, SaveAndLoad):
             raise ValueError(f"num_epochs must be an int of at least 0, not {num_epochs!r}")
         return self._positions.epochs(num_epochs)
 
+    @noted
     def evaluate(
         self,
         loader: Iterable[Any],
@@ -328,6 +332,7 @@ class DistributedTrainer(OwnLoop, SaveAndLoad):
         """Writes figures of your own beside those of the last step, on rank 0. Local."""
         self._reporter.log(dict(figures), self._replica.num_steps)
 
+    @noted
     def summary(self) -> Summary:
         """Where the time of `train_step` went, and which rank the others waited for. Collective, blocks.
 
@@ -358,6 +363,7 @@ class DistributedTrainer(OwnLoop, SaveAndLoad):
         self._check_open()
         return profile(path, self._group, (self._clock, self._replica.gradients))
 
+    @noted
     def close(self) -> None:
         """Lets go of the model: its gradients are no longer summed. Collective, blocks; MPI goes on.
 

@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "runtime/watch.hpp"
+
+#include <poll.h>
+#include <pthread.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <csignal>
+#include <cstdio>
+#include <numeric>
+#include <system_error>
+#include <utility>
+
+namespace dtrain {
+namespace {
+
+using std::chrono::milliseconds;
+
+constexpr std::int64_t longest_between_looks_ms = 500;
+// A rank whose watch has not looked around for so long is silent, if nothing else is known of its process.
+constexpr std::int64_t longest_beat_ms = 3000;
+// How much of the time until a report is spent before looking, since answers of other nodes take some, too.
+constexpr double share_before_look = 0.7;
+constexpr double share_for_answers = 0.2;
+// What the launcher has to end the job after a death, before the survivors do so, and they after an error that nobody
+// could take because user code does not come back.
+constexpr std::int64_t launcher_patience_ms = 2000;
+constexpr std::int64_t error_patience_ms = 5000;
+
+// Of the process's one watch with a SIGTERM handler.
+std::atomic<StatusPage*> handler_page = nullptr;
+std::atomic<int> handler_wake = -1;
+std::atomic<pid_t> handler_pid = 0;
+
+void end_by_sigterm() {
+  std::signal(SIGTERM, SIG_DFL);
+  kill(getpid(), SIGTERM);
+}
+
+extern "C" void on_sigterm(int) {
+  const int saved_errno = errno;
+  StatusPage* page = handler_page;
+  if (getpid() != handler_pid || page == nullptr) {
+    end_by_sigterm();  // a forked child has no watch
+  } else {
+    page->end = End::terminated;
+    const std::uint64_t one = 1;
+    static_cast<void>(!write(handler_wake, &one, sizeof(one)));
+  }
+  errno = saved_errno;
+}
+
+Descriptor watch_process(const Origin& origin, const Origin& own) {
+  if (origin.pid_namespace != own.pid_namespace) return Descriptor();
+  return Descriptor(static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(origin.pid), 0)));
+}
+
+template <std::size_t N>
+void copy_end(const std::string& text, std::array<char, N>& target) {
+  const std::size_t length = std::min(text.size(), N - 1);
+  text.copy(target.data(), length, text.size() - length);
+}
+
+}  // namespace
+
+Watch::Watch(int rank, std::vector<Origin> origins, std::vector<StatusPage*> pages, Engine engine)
+    : rank_(rank),
+      origins_(std::move(origins)),
+      pages_(std::move(pages)),
+      engine_(std::move(engine)),
+      own_(*pages_[static_cast<std::size_t>(rank)]),
+      killed_for_memory_at_start_(num_killed_for_memory()),
+      wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      heard_(pages_.size()) {
+  if (!wake_) throw std::system_error(errno, std::generic_category(), "eventfd");
+  for (int peer = 0; peer < static_cast<int>(pages_.size()); ++peer) {
+    StatusPage* page = pages_[static_cast<std::size_t>(peer)];
+    if (page == nullptr || peer == rank_) continue;
+    neighbours_.push_back({peer, page, watch_process(origins_[static_cast<std::size_t>(peer)],
+                                                     origins_[static_cast<std::size_t>(rank_)])});
+  }
+  own_.beat_ms = machine_now_ms();
+  // So that there is time to tell of a rank that was killed: launchers then send SIGTERM to the others.
+  struct sigaction action{};
+  StatusPage* nobody = nullptr;
+  if (sigaction(SIGTERM, nullptr, &action) == 0 && action.sa_handler == SIG_DFL &&
+      handler_page.compare_exchange_strong(nobody, &own_)) {
+    handler_wake = wake_.get();
+    handler_pid = getpid();
+    action.sa_handler = on_sigterm;
+    action.sa_flags = SA_RESTART;
+    sigaction(SIGTERM, &action, nullptr);
+  }
+  thread_ = std::make_unique<std::thread>([this] { run(); });
+  pthread_setname_np(thread_->native_handle(), "dtrain-watch");
+}
+
+Watch::~Watch() {
+  if (getpid() == origins_[static_cast<std::size_t>(rank_)].pid) close();
+  else static_cast<void>(thread_.release());  // it does not exist in a forked child
+}
+
+void Watch::close() {
+  End none = End::none;
+  own_.end.compare_exchange_strong(none, End::closed);
+  stopping_ = true;
+  const std::uint64_t one = 1;
+  static_cast<void>(!write(wake_.get(), &one, sizeof(one)));
+  if (!thread_) return;
+  thread_->join();
+  thread_.reset();
+  if (handler_page == &own_) {
+    struct sigaction action{};
+    if (sigaction(SIGTERM, nullptr, &action) == 0 && action.sa_handler == on_sigterm) std::signal(SIGTERM, SIG_DFL);
+    handler_page = nullptr;
+  }
+  if (own_.end == End::terminated) end_by_sigterm();
+}
+
+void Watch::set_limits(std::optional<double> report_seconds, std::optional<double> timeout_seconds) {
+  if (report_seconds) report_seconds_ = *report_seconds;
+  if (timeout_seconds) timeout_seconds_ = *timeout_seconds;
+}
+
+void Watch::note_call(const std::string& call, const std::string& file, int line) {
+  Place place{};
+  copy_end(call, place.call);
+  copy_end(file, place.file);
+  place.since_ms = system_now_ms();
+  place.line = line;
+  place.is_inside = 1;
+  own_.place.write(place);
+}
+
+void Watch::note_return() {
+  Place place = own_.place.read();
+  place.since_ms = system_now_ms();
+  place.is_inside = 0;
+  own_.place.write(place);
+}
+
+void Watch::note_failure() { own_.end = End::failed; }
+
+void Watch::begin_wait(std::span<const int> ranks, const Call& call) {
+  const std::scoped_lock lock(mutex_);
+  ++num_waits_;
+  waited_for_.assign(ranks.begin(), ranks.end());
+  if (call.collective >= Collective::send && call.root >= 0) {  // concerns two of them
+    waited_for_ = {rank_, ranks[static_cast<std::size_t>(call.root)]};
+  }
+  std::ranges::sort(waited_for_);
+  own_.wait.write({call, system_now_ms()});
+}
+
+void Watch::end_wait() {
+  const std::scoped_lock lock(mutex_);
+  if (--num_waits_ == 0) own_.wait.write({});
+}
+
+void Watch::hear(const Snapshot& seen) {
+  const std::scoped_lock lock(mutex_);
+  // What a rank says of itself counts for more than what its neighbours saw.
+  auto& entry = heard_[static_cast<std::size_t>(seen.rank)];
+  if (!entry || seen.state == State::running || entry->state != State::running) entry = seen;
+}
+
+void Watch::note_wanted() { own_.num_wanted.fetch_add(1); }
+
+Snapshot Watch::see(const Neighbour& neighbour) const {
+  const StatusPage& page = *neighbour.page;
+  Snapshot seen{neighbour.rank, State::running, page.place.read(), page.wait.read()};
+  if (page.end != End::none) {
+    seen.state = State::ended;
+  } else if (neighbour.is_dead) {
+    seen.state = State::dead;
+  } else {
+    const Origin& origin = origins_[static_cast<std::size_t>(neighbour.rank)];
+    const bool is_visible = origin.pid_namespace == origins_[static_cast<std::size_t>(rank_)].pid_namespace;
+    seen.state = is_visible ? state_of_process(static_cast<pid_t>(origin.pid)) : State::silent;
+    const bool is_alive = machine_now_ms() - page.beat_ms < longest_beat_ms;
+    if (seen.state == State::silent && is_alive) seen.state = State::running;
+    if (seen.state == State::running && !is_alive) seen.state = State::silent;
+  }
+  return seen;
+}
+
+std::vector<Snapshot> Watch::seen_here() {
+  std::vector<Snapshot> all{{rank_, State::running, own_.place.read(), own_.wait.read()}};
+  for (const Neighbour& neighbour : neighbours_) {
+    const Snapshot seen = see(neighbour);
+    if (seen.state != State::running) all.push_back(seen);
+  }
+  return all;
+}
+
+void Watch::run() {
+  while (!stopping_) {
+    std::vector<pollfd> events{{.fd = wake_.get(), .events = POLLIN, .revents = 0}};
+    for (const Neighbour& neighbour : neighbours_) {
+      if (neighbour.process && !neighbour.is_dead) events.push_back({neighbour.process.get(), POLLIN, 0});
+    }
+    const auto between = std::min(longest_between_looks_ms, static_cast<std::int64_t>(report_seconds_ * 50));
+    poll(events.data(), events.size(), static_cast<int>(std::max<std::int64_t>(between, 1)));
+    look();
+  }
+}
+
+void Watch::look() {
+  own_.beat_ms = machine_now_ms();
+  tell_of_dead();
+  if (own_.end == End::terminated) {
+    end_by_sigterm();
+    return;
+  }
+  look_at_wait();
+  const std::uint32_t wanted = own_.num_wanted;
+  if (wanted != wanted_seen_) {
+    wanted_seen_ = wanted;
+    show_stack();
+  }
+  if (ending_since_ms_ && machine_now_ms() - *ending_since_ms_ > error_patience_ms) {
+    say("rank " + std::to_string(rank_) + " ends: its script did not take the error");
+    _exit(1);
+  }
+}
+
+void Watch::tell_of_dead() {
+  std::vector<Snapshot> dead;
+  for (Neighbour& neighbour : neighbours_) {
+    pollfd event{.fd = neighbour.process.get(), .events = POLLIN, .revents = 0};
+    if (!neighbour.process || neighbour.is_dead || poll(&event, 1, 0) <= 0) continue;
+    neighbour.is_dead = true;
+    if (neighbour.page->end == End::none) dead.push_back(see(neighbour));
+  }
+  if (!dead.empty()) say(describe_stall(dead, origins_, memory_note()));
+}
+
+std::string Watch::memory_note() const {
+  const int killed = num_killed_for_memory();
+  if (killed < 0 || killed_for_memory_at_start_ < 0 || killed <= killed_for_memory_at_start_) return "";
+  return " (the out-of-memory killer has ended " + std::to_string(killed - killed_for_memory_at_start_) +
+         " of its machine's processes in this cgroup since the start)";
+}
+
+std::string Watch::describe_places() {
+  std::vector<int> everyone(pages_.size());
+  std::iota(everyone.begin(), everyone.end(), 0);
+  return dtrain::describe_places(collect(everyone));
+}
+
+std::vector<Snapshot> Watch::collect(std::span<const int> ranks) {
+  const std::scoped_lock asking(collect_mutex_);
+  std::vector<Snapshot> snapshots;
+  std::vector<int> elsewhere;
+  for (const int rank : ranks) {
+    if (pages_[static_cast<std::size_t>(rank)] == nullptr) elsewhere.push_back(rank);
+  }
+  if (!elsewhere.empty()) {
+    {
+      const std::scoped_lock lock(mutex_);
+      for (auto& entry : heard_) entry.reset();
+    }
+    for (const int rank : elsewhere) engine_.ask(rank, false);
+    const auto deadline = machine_now_ms() + static_cast<std::int64_t>(1000 * share_for_answers * report_seconds_);
+    const auto all_heard = [&] {
+      const std::scoped_lock lock(mutex_);
+      return std::ranges::all_of(elsewhere, [&](int rank) {
+        const auto& entry = heard_[static_cast<std::size_t>(rank)];
+        return entry && entry->state == State::running;
+      });
+    };
+    while (!all_heard() && machine_now_ms() < deadline && !stopping_) std::this_thread::sleep_for(milliseconds(10));
+  }
+  for (const int rank : ranks) {
+    if (rank == rank_) {
+      snapshots.push_back({rank_, State::running, own_.place.read(), own_.wait.read()});
+      continue;
+    }
+    const auto neighbour = std::ranges::find(neighbours_, rank, &Neighbour::rank);
+    const std::scoped_lock lock(mutex_);
+    const auto& entry = heard_[static_cast<std::size_t>(rank)];
+    snapshots.push_back(neighbour != neighbours_.end() ? see(*neighbour)
+                        : entry                        ? *entry
+                                                       : Snapshot{rank, State::silent, {}, {}});
+  }
+  return snapshots;
+}
+
+void Watch::look_at_wait() {
+  const Wait wait = own_.wait.read();
+  const double seconds = 1e-3 * static_cast<double>(system_now_ms() - wait.since_ms);
+  if (wait.since_ms != wait_reported_) {
+    // What was reported has gone on by itself: the next wait must be longer to be worth a word.
+    if (!last_text_.empty()) patience_seconds_ *= 2;
+    wait_reported_ = wait.since_ms;
+    last_text_.clear();
+    silent_since_ms_.reset();
+  }
+  if (wait.since_ms == 0 || seconds < share_before_look * report_seconds_) return;
+  std::vector<int> ranks;
+  {
+    const std::scoped_lock lock(mutex_);
+    ranks = waited_for_;
+  }
+  const std::vector<Snapshot> snapshots = collect(ranks);
+  if (own_.wait.read().since_ms != wait.since_ms) return;  // it was over before all had answered
+  bool is_slow_only = true;
+  for (const Snapshot& seen : snapshots) is_slow_only = is_slow_only && seen.state == State::running;
+  if (is_slow_only && seconds < patience_seconds_) return;
+  const std::string text = describe_stall(snapshots, origins_, memory_note());
+  if (text != last_text_) {
+    say(text);
+    last_text_ = text;
+    patience_seconds_ = std::max(patience_seconds_, static_cast<double>(report_seconds_));
+    for (const Snapshot& seen : snapshots) {
+      if (seen.state != State::running || seen.waits()) continue;
+      StatusPage* page = pages_[static_cast<std::size_t>(seen.rank)];
+      if (page != nullptr) page->num_wanted.fetch_add(1);
+      else engine_.ask(static_cast<int>(seen.rank), true);
+    }
+  }
+  end_silent(snapshots, text);
+}
+
+// Ends this rank's part of the job where another will never come.
+void Watch::end_silent(const std::vector<Snapshot>& snapshots, const std::string& text) {
+  const auto is = [&](State state) { return std::ranges::find(snapshots, state, &Snapshot::state) != snapshots.end(); };
+  if (!is(State::stopped) && !is(State::silent) && !is(State::dead)) {
+    silent_since_ms_.reset();
+    return;
+  }
+  const std::int64_t now = machine_now_ms();
+  if (!silent_since_ms_) silent_since_ms_ = now;
+  const auto limit = is(State::dead) ? launcher_patience_ms : static_cast<std::int64_t>(1000 * timeout_seconds_);
+  if (ending_since_ms_ || now - *silent_since_ms_ < limit) return;
+  ending_since_ms_ = now;
+  // In a thread of its own: whoever drives the engine may be inside of MPI for ever.
+  std::thread(engine_.fail, text + (is(State::dead) ? "" : ". The timeout for silent ranks is over (stall_timeout_seconds)"))
+      .detach();
+}
+
+void Watch::show_stack() {
+  if (stack_signal_ == 0) return;
+  const Place place = own_.place.read();
+  if (place.since_ms == stack_shown_for_ms_) return;
+  stack_shown_for_ms_ = place.since_ms;
+  say("rank " + std::to_string(rank_) + ", for which others wait, is here:");
+  syscall(SYS_tgkill, getpid(), getpid(), stack_signal_.load());  // the main thread has the process's number
+}
+
+// In one piece, so that the lines of several ranks do not mix.
+void Watch::say(const std::string& text) const {
+  const std::string line = "distributed_trainer: " + text + "\n";
+  static_cast<void>(!write(STDERR_FILENO, line.data(), line.size()));
+}
+
+}  // namespace dtrain

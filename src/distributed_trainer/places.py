@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the user's script last called the trainer, which the engine's watch tells ranks that wait for this one."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from .errors import CheckpointError, DistributedTrainerError
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
+_STDERR = 2
+
+_engines: list[Any] = []
+_current: tuple[str, str, int] | None = None  # the call in progress: its name, file and line
+
+
+def watch(engine: Any) -> None:
+    """Tells an engine of all calls from now on, and lets it have the script's stack printed. Local."""
+    _engines.append(engine)
+    if _current is not None:
+        engine.note_call(*_current)
+    number = signal.SIGRTMIN + 9  # one that programs rarely use
+    if signal.getsignal(number) is signal.SIG_DFL:
+        with contextlib.suppress(RuntimeError, ValueError):  # no stderr
+            faulthandler.register(number, file=_STDERR, all_threads=False)
+            engine.set_stack_signal(number)
+
+
+def noted(function: _Function) -> _Function:
+    """A function that the script calls: its file and line are noted when it is called, and when it has returned."""
+    name = function.__name__
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        global _current
+        if _current is not None:  # called by another one
+            return function(*args, **kwargs)
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+            frame = frame.f_back
+        _current = (name, frame.f_code.co_filename, frame.f_lineno)
+        for engine in _engines:
+            engine.note_call(*_current)
+        try:
+            return function(*args, **kwargs)
+        except DistributedTrainerError as error:
+            _add_places(error)
+            raise
+        finally:
+            _current = None
+            for engine in _engines:
+                engine.note_return()
+
+    return call  # type: ignore[return-value]
+
+
+def _add_places(error: DistributedTrainerError) -> None:
+    """Says in an error about several ranks where each of them was."""
+    is_of_ranks = not isinstance(error, CheckpointError)  # that is of files
+    if is_of_ranks and len(error.args) == 1 and _engines and _engines[0].size > 1:
+        error.args = (f"{error.args[0]}. The ranks' last calls: {_engines[0].describe_places()}.",)
+
+
+def note_failure() -> None:
+    """This rank has told of the exception that ends it. Local."""
+    for engine in _engines:
+        engine.note_failure()
