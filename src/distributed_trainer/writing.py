@@ -24,12 +24,11 @@ class BackgroundWrite:
 
     def __init__(self, temporary: Path, part: OwnPart, rank: int, num_ranks: int, content: Any, keep: int) -> None:
         self._temporary, self._rank, self._num_ranks = temporary, rank, num_ranks
+        self._part: OwnPart | None = part  # of the thread, which lets go of its memory
         self._part_error: str | None = None
         self._commit_error: str | None = None
         self._part_is_written, self._is_over, self._is_abandoned = (threading.Event() for _ in range(3))
-        arguments = (part, content, keep)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="dtrain-checkpoint", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, args=(content, keep), name="dtrain-checkpoint", daemon=True).start()
 
     @property
     def has_failed(self) -> bool:
@@ -53,7 +52,9 @@ class BackgroundWrite:
         if self._rank == 0:
             shutil.rmtree(self._temporary, ignore_errors=True)  # another save would remove it, too
 
-    def _run(self, part: OwnPart, content: Any, keep: int) -> None:
+    def _run(self, content: Any, keep: int) -> None:
+        part, self._part = self._part, None
+        assert part is not None
         try:
             write_part(self._temporary, self._rank, part.files, part.tensors, part.states, part.own)
         except Exception as error:
