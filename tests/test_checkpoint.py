@@ -46,7 +46,8 @@ class Net(nn.Module):
         self.register_buffer("num_calls", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x):
-        self.num_calls += 1
+        if self.training:
+            self.num_calls += 1
         return self.last(torch.tanh(self.linear(self.drop(self.norm(self.conv(x))).flatten(1))))
 
 
@@ -215,8 +216,8 @@ def test_own_loop(world, shared_folder):
 @two
 def test_which_are_kept(world, shared_folder):
     """The newest k, whatever their steps; what trainer.save did not write stays."""
-    (shared_folder / "step-00000000-mine").mkdir()
-    (shared_folder / ".step-00000002.0a.part").mkdir()  # of a run that was killed
+    (shared_folder / "step-00000000-mine").mkdir(exist_ok=True)
+    (shared_folder / ".step-00000002.0a.part").mkdir(exist_ok=True)  # of a run that was killed
     run = Run()
     run.train(after=lambda step: run.trainer.save(shared_folder, keep=2, **run.objects), num_steps=3)
     run.trainer.close()

@@ -11,9 +11,14 @@ from .loader import PartLoader
 
 
 class Positions:
-    """The loaders of a trainer, in the order in which they were made, and the loop over its epochs."""
+    """The loaders of a trainer, in the order in which they were made, and the loop over its epochs.
+
+    Attributes:
+        begun_at: Progress of the trainer when it was made, or has loaded a checkpoint.
+    """
 
     def __init__(self) -> None:
+        self.begun_at = (0, 0)
         self._loaders: list[weakref.ref[PartLoader]] = []
         self._epoch: int | None = None  # of `epochs`
         self._first_epoch: int | None = None  # for the next call of it
@@ -62,8 +67,9 @@ class Positions:
                 first = origin if first is None or origin.noted_ns < first.noted_ns else first
         return {"loaders": states, "epoch": self._epoch}, first and first.random_states
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], progress: tuple[int, int]) -> None:
         """Has loaders and `epochs` go on from there; loaders may be made before or after."""
+        self.begun_at = progress
         self._restored = state["loaders"]
         self._epoch = self._first_epoch = state["epoch"]
         for ref, of_loader in zip(self._loaders, self._restored, strict=False):

@@ -229,7 +229,7 @@ class DistributedTrainer(OwnLoop, SaveAndLoad):
             ValueError: The trainer has trained on whole batches.
         """
         self._check_open()
-        if self._agreement.takes_whole_batches and self._replica.num_steps:
+        if self._agreement.takes_whole_batches and self._replica.num_steps != self._positions.begun_at[0]:
             raise ValueError(
                 "this trainer has trained on whole batches, which every rank passes alike. Make the loader before the "
                 "first step, or pass whole batches only."

@@ -89,6 +89,8 @@ class TrainingState:
                 state = encode(value.state_dict(), name, own if number is None else common)
                 states[name] = {"type": type(value).__name__, "state": state}
         owners = divide({name: value.nbytes for name, value in common.items() if isinstance(value, Tensor)}, num_ranks)
+        # Those that evaluation has changed differ between ranks; the next step gives all ranks those of the first.
+        owners |= {f"{MODEL}.{name}": 0 for name, _ in self._model.named_buffers()}
         own |= {name: value for name, value in common.items() if owners.get(name, rank) == rank}
         pieces = [piece for name, value in own.items() for piece in pieces_of(name, value)]
         position, streams = self._positions.state(self._replica.progress)
@@ -155,7 +157,7 @@ class TrainingState:
         replica = self._replica
         first = checkpoint.of_rank(0)
         replica.num_steps, replica.num_sums, replica.num_skipped_steps = first["progress"]
-        self._positions.restore(first["position"])
+        self._positions.restore(first["position"], replica.progress)
         same_ranks = content["world_size"] == num_ranks
         own = checkpoint.of_rank(rank) if same_ranks else first
         set_random_states(_random_from_json(own["random_states"]), self._device)
