@@ -17,10 +17,10 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 # Tests of what is above the engine run under one MPI.
 ANY_MPI := balance batchnorm checkpoint clocks compression criterion data ddp devices direct direct_linear drift evaluate fsdp \
 	functional gradients hostfile layers loader memory microbatches misuse mixed_precision mpi_environment nonfinite \
-	operations own_loop parallel preflight profile public_api readme reproducible reporting sharding stalls state timeouts \
+	operations own_loop parallel preflight profile public_api readme reproducible reporting restart sharding stalls state timeouts \
 	timing versions wire_dtype works
 # Long tests that run under both: they start ranks on several hosts, or where MPI has trouble.
-LONG_BOTH_MPI := two_hosts slurm wrong_setups
+LONG_BOTH_MPI := two_hosts slurm wrong_setups restart_hosts
 
 # Of `make test-torch`: the lowest that the package takes.
 TORCH ?= $(shell sed -n 's/.*"torch>=\(.*\)".*/\1/p' pyproject.toml)

@@ -18,6 +18,7 @@ __init__
 command_line
 check
 run check_report check_ranks
+restart
 preflight hostfile
 create
 trainer
@@ -45,7 +46,7 @@ launch
 mpirun
 library
 places
-host_facts errors
+host_facts errors record
 """.split("\n")[1:-1]
 
 # A folder of the engine includes only itself and those below it.

@@ -164,7 +164,7 @@ def test_more_options_for_mpirun(folder):
         (["-np", "2", "python3.11", "train.py"], 2, "leave out `python3.11`"),
         (["-np", "2", "tarin.py"], 2, "there is no tarin.py in /"),
         (["-np", "2", "train.py", "a", ":", "b"], 2, "':' cannot be passed on"),
-        (["-np", "two", "train.py"], 2, "two is no number of ranks"),
+        (["-np", "two", "train.py"], 2, "two is no number of ranks or restarts"),
         (["-np", "2"], 2, "required: SCRIPT"),
         (["-x", "FLAVOUR", "train.py"], 2, "-x FLAVOUR: no such variable is set. Set it, or write -x FLAVOUR=VALUE."),
         (["--hostfile", "hosts.txt", "train.py"], 2, "No such file or directory: 'hosts.txt'"),

@@ -150,6 +150,13 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
             return self.watch().describe_places();
           },
           "The last note_call() of each rank, in words. Asks other nodes, which takes up to a second. Local.")
+      .def(
+          "is_rank_lost",
+          [](Engine& self) {
+            const GilRelease release;
+            return self.watch().is_rank_lost();
+          },
+          "Whether some rank is dead, stopped or silent. Likewise.")
       .def("note_failure", [](Engine& self) { self.watch().note_failure(); },
            "The exception that ends this rank was printed. Local.")
       .def("close", &Engine::close, nb::call_guard<GilRelease>());

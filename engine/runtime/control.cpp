@@ -67,6 +67,7 @@ void Engine::answer_control() {
   control_->is_flushed();
   while (const auto bytes = control_->collect()) {
     ControlMessage message;
+    if (bytes->size() != sizeof(message)) continue;
     std::memcpy(&message, bytes->data(), sizeof(message));
     switch (message.kind) {
       case Kind::want: watch_->note_wanted(); [[fallthrough]];

@@ -59,6 +59,10 @@ Descriptor watch_process(const Origin& origin, const Origin& own) {
   return Descriptor(static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(origin.pid), 0)));
 }
 
+bool is_lost(const Snapshot& seen) {
+  return seen.state == State::dead || seen.state == State::stopped || seen.state == State::silent;
+}
+
 template <std::size_t N>
 void copy_end(const std::string& text, std::array<char, N>& target) {
   const std::size_t length = std::min(text.size(), N - 1);
@@ -246,10 +250,14 @@ std::string Watch::memory_note() const {
          " of its machine's processes in this cgroup since the start)";
 }
 
-std::string Watch::describe_places() {
-  std::vector<int> everyone(pages_.size());
-  std::iota(everyone.begin(), everyone.end(), 0);
-  return dtrain::describe_places(collect(everyone));
+std::string Watch::describe_places() { return dtrain::describe_places(collect(everyone())); }
+
+bool Watch::is_rank_lost() { return std::ranges::any_of(collect(everyone()), is_lost); }
+
+std::vector<int> Watch::everyone() const {
+  std::vector<int> ranks(pages_.size());
+  std::iota(ranks.begin(), ranks.end(), 0);
+  return ranks;
 }
 
 std::vector<Snapshot> Watch::collect(std::span<const int> ranks) {
@@ -308,8 +316,7 @@ void Watch::look_at_wait() {
   }
   const std::vector<Snapshot> snapshots = collect(ranks);
   if (own_.wait.read().since_ms != wait.since_ms) return;  // it was over before all had answered
-  bool is_slow_only = true;
-  for (const Snapshot& seen : snapshots) is_slow_only = is_slow_only && seen.state == State::running;
+  const bool is_slow_only = std::ranges::none_of(snapshots, is_lost);
   if (is_slow_only && seconds < patience_seconds_) return;
   const std::string text = describe_stall(snapshots, origins_, memory_note());
   if (text != last_text_) {
@@ -328,18 +335,18 @@ void Watch::look_at_wait() {
 
 // Ends this rank's part of the job where another will never come.
 void Watch::end_silent(const std::vector<Snapshot>& snapshots, const std::string& text) {
-  const auto is = [&](State state) { return std::ranges::find(snapshots, state, &Snapshot::state) != snapshots.end(); };
-  if (!is(State::stopped) && !is(State::silent) && !is(State::dead)) {
+  const bool is_any_dead = std::ranges::find(snapshots, State::dead, &Snapshot::state) != snapshots.end();
+  if (!std::ranges::any_of(snapshots, is_lost)) {
     silent_since_ms_.reset();
     return;
   }
   const std::int64_t now = machine_now_ms();
   if (!silent_since_ms_) silent_since_ms_ = now;
-  const auto limit = is(State::dead) ? launcher_patience_ms : static_cast<std::int64_t>(1000 * timeout_seconds_);
+  const auto limit = is_any_dead ? launcher_patience_ms : static_cast<std::int64_t>(1000 * timeout_seconds_);
   if (ending_since_ms_ || now - *silent_since_ms_ < limit) return;
   ending_since_ms_ = now;
   // In a thread of its own: whoever drives the engine may be inside of MPI for ever.
-  std::thread(engine_.fail, text + (is(State::dead) ? "" : ". The timeout for silent ranks is over (stall_timeout_seconds)"))
+  std::thread(engine_.fail, text + (is_any_dead ? "" : ". The timeout for silent ranks is over (stall_timeout_seconds)"))
       .detach();
 }
 

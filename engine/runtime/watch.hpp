@@ -63,6 +63,8 @@ class Watch {
 
   // The last call of each rank, in words: asks other nodes, which takes up to `report_seconds` / 5. Any thread.
   std::string describe_places();
+  // Whether some rank is dead, stopped or silent. Likewise.
+  bool is_rank_lost();
 
   // What this rank knows of itself, and of its neighbours that can't speak. Any thread.
   std::vector<Snapshot> seen_here();
@@ -86,6 +88,7 @@ class Watch {
   void run();
   void look();
   void look_at_wait();
+  std::vector<int> everyone() const;
   std::vector<Snapshot> collect(std::span<const int> ranks);
   Snapshot see(const Neighbour& neighbour) const;
   void tell_of_dead();

@@ -103,7 +103,7 @@ def _start_ranks(options: argparse.Namespace) -> dict[str, Any]:
         return {"problems": [problem(str(error), is_fatal=True)]}
     environ = {**os.environ, **plan.variables}
     process = subprocess.Popen(
-        plan.command,
+        plan.make_command(plan.hosts),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

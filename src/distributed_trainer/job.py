@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch._C._dynamo import eval_frame
 
-from . import devices, launch, library, mpi_environment, mpirun, places, versions
+from . import devices, launch, library, mpi_environment, mpirun, places, record, versions
 from .backend import ProcessGroupShmpi, gather_objects
 from .errors import LaunchError, MismatchError
 from .inner import ProcessGroupShmpiWithInner
@@ -160,6 +160,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     engine = module.Engine(_address_of(comm), ranks_per_node, initialized_mpi=initialized_mpi)
     places.watch(engine)
     if not _jobs:
+        record.note(record.STARTED)
         launch.mark_rank()
         atexit.register(_close_all, os.getpid())
         launch.install_excepthook(module.abort, world_rank, world_size)
@@ -305,3 +306,5 @@ def _close_all(pid: int) -> None:
     if os.getpid() == pid:
         for job in reversed(_jobs):
             job.engine.close()
+        if _jobs[0].rank == 0:  # MPI has let rank 0 go, so all ranks have come to their end
+            record.note(record.COMPLETED)

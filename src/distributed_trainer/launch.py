@@ -21,8 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from . import places
-from .errors import LaunchError, MPINotFoundError
+from . import places, record
+from .errors import DistributedTrainerError, LaunchError, MPINotFoundError
 from .library import MPILibrary
 from .mpirun import find_mpirun, mpirun_environment
 
@@ -281,6 +281,8 @@ def install_excepthook(abort: Callable[[int], object], rank: int, world_size: in
         exit_code = 130 if issubclass(kind, KeyboardInterrupt) else 1
         place = f"rank {rank} of {world_size} on {socket.gethostname()}"
         places.note_failure()
+        if not (issubclass(kind, DistributedTrainerError) and places.is_rank_lost()):
+            record.note(f"{record.FAILED}: {kind.__name__} on {place}")
         if isinstance(sys.stderr, io.StringIO):
             # torch.distributed's hook collects what is printed here and prints it later, but there is no later.
             sys.stderr = sys.__stderr__

@@ -70,6 +70,11 @@ def _add_places(error: DistributedTrainerError) -> None:
         error.args = (f"{error.args[0]}. The ranks' last calls: {_engines[0].describe_places()}.",)
 
 
+def is_rank_lost() -> bool:
+    """Whether some rank is dead, stopped or does not answer. Local; asks other nodes, which takes up to a second."""
+    return any(engine.is_rank_lost() for engine in _engines)
+
+
 def note_failure() -> None:
     """This rank has told of the exception that ends it. Local."""
     for engine in _engines:

@@ -8,11 +8,11 @@ import fnmatch
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import host_facts, launch, library, mpirun, preflight
+from . import host_facts, launch, library, mpirun, preflight, record, restart
 from .errors import LaunchError
 from .hostfile import Host, place_ranks, read_hostfile
 from .library import MPILibrary
@@ -52,6 +52,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     option(
         "--log-dir", metavar="DIR", help="write each rank's output to DIR/rank-N.log, on its host, not to the terminal"
     )
+    option(
+        "--restarts",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="start the job again, at most so often, when a rank was killed or a host lost; without hosts that do not "
+        "answer. For scripts that call trainer.resume",
+    )
     option("--dry-run", action="store_true", help="print the command and end")
     option("-m", dest="is_module", action="store_true", help="SCRIPT is a module, as for python -m")
     option("script", metavar="SCRIPT")
@@ -78,12 +86,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of ranks")
+        raise argparse.ArgumentTypeError(f"{text} is no number of ranks or restarts")
     return int(text)
 
 
 def main(options: argparse.Namespace) -> int:
-    """Becomes mpirun; returns only after --dry-run.
+    """Becomes mpirun; returns only after --dry-run and with --restarts.
 
     Raises:
         ValueError, OSError: The command line or the hostfile is not what is described.
@@ -94,28 +102,46 @@ def main(options: argparse.Namespace) -> int:
     variables = {}
     if options.log_dir or (sys.stdout is not None and sys.stdout.isatty()):
         variables |= {} if "PYTHONUNBUFFERED" in os.environ else {"PYTHONUNBUFFERED": "1"}  # show lines as they come
+    if options.restarts:
+        variables[record.VARIABLE] = str(restart.record_path(has_hosts=bool(options.hostfile)))
     script = None if options.is_module else options.script
     words = [*(["-m"] if options.is_module else []), options.script, *options.arguments]
     plan = make_plan(options, words, script, variables, _redirection(options.log_dir))
-    line = shlex.join(plan.command)
+    command = plan.make_command(plan.hosts)
+    line = shlex.join(command)
     for warning in plan.warnings:
         print(f"distributed_trainer: {warning}", file=sys.stderr)
     if options.dry_run:
         print(*(f"{name}={shlex.quote(value)}" for name, value in plan.variables.items()), line)
         return 0
+    environment = {**os.environ, **plan.variables}
+    if options.restarts:
+        return restart.supervise(plan.make_command, plan.hosts, plan.find_lost, environment, options.restarts)
     print(f"distributed_trainer: running {line}", file=sys.stderr, flush=True)
-    os.execve(plan.command[0], plan.command, {**os.environ, **plan.variables})
+    os.execve(command[0], command, environment)
 
 
 @dataclass(frozen=True)
 class Plan:
     """How to start mpirun."""
 
-    command: list[str]
+    make_command: Callable[[Sequence[Host] | None], list[str]]
+    """Gives its command line on some hosts."""
+    hosts: list[Host] | None
+    """With their ranks as slots; None without a hostfile."""
+    request: preflight.Request | None
+    """What ranks need on each host."""
     variables: dict[str, str]
     """To be set for it."""
     warnings: list[str]
     """What may not be meant, though it starts."""
+
+    def find_lost(self, hosts: Sequence[Host]) -> dict[str, str]:
+        """Asks hosts again: those that do not answer, and why. Takes 5 s at most."""
+        assert self.request is not None
+        shell = preflight.remote_shell(self.request.mpi_family, os.environ)
+        answers = preflight.ask_hosts([host.name for host in hosts], shell, self.request)
+        return {name: answer for name, answer in answers.items() if isinstance(answer, str)}
 
 
 def make_plan(
@@ -143,10 +169,10 @@ def make_plan(
     program = mpirun.find_mpirun(mpi)
     variables = {**variables, **dict(word.split("=", 1) for word in options.export if "=" in word)}
     forwarded = select_variables({**os.environ, **variables}, options.export)
-    num_ranks, hosts, warnings = options.num_ranks, None, []
+    num_ranks, hosts, request, warnings = options.num_ranks, None, None, []
     if options.hostfile:
-        hosts, settings, warnings = _prepare_hosts(options, mpi, program, words, script, forwarded)
-        num_ranks = sum(host.slots or 0 for host in hosts)
+        request = _request(mpi, program, words, script, forwarded)
+        hosts, settings, warnings = _prepare_hosts(options, request)
     elif is_in_allocation():
         settings = mpirun.mpirun_environment_for_hosts(is_crowded=False, has_cards=True)
     else:
@@ -156,9 +182,13 @@ def make_plan(
         warnings += host_facts.warn_of_shared_memory(mpi.family, num_ranks, host_facts.free_shared_memory())
     if mpi.family == "openmpi":
         variables |= settings
-    command = [program, *_mpirun_options(options, mpi.family, hosts, forwarded)]
-    command += ["-np", str(num_ranks)] if num_ranks else []
-    return Plan([*command, *wrapper, sys.executable, *words], variables, warnings)
+
+    def make_command(on: Sequence[Host] | None) -> list[str]:
+        count = num_ranks if on is None else sum(host.slots or 0 for host in on)
+        command = [program, *_mpirun_options(options, mpi.family, on, forwarded)]
+        return [*command, *(["-np", str(count)] if count else []), *wrapper, sys.executable, *words]
+
+    return Plan(make_command, hosts, request, variables, warnings)
 
 
 def is_in_allocation() -> bool:
@@ -200,13 +230,26 @@ def select_variables(environ: Mapping[str, str], exports: Sequence[str]) -> dict
     }
 
 
+def _request(
+    mpi: MPILibrary, program: str, words: Sequence[str], script: str | None, forwarded: Mapping[str, str]
+) -> preflight.Request:
+    """What the ranks will need on each host."""
+    helpers = [Path(program).parent / name for name in ("prted", "orted", "hydra_pmi_proxy")]
+    files = [os.getcwd(), *([] if script is None else [os.path.abspath(script)])]
+    files += [str(path) for path in helpers if path.exists()]
+    return preflight.Request(
+        python=sys.executable,
+        mpi_path=mpi.path,
+        mpi_family=mpi.family,
+        folder=os.getcwd(),
+        files=files,
+        module=words[1] if script is None else None,
+        environment=forwarded,
+    )
+
+
 def _prepare_hosts(
-    options: argparse.Namespace,
-    mpi: MPILibrary,
-    program: str,
-    words: Sequence[str],
-    script: str | None,
-    forwarded: Mapping[str, str],
+    options: argparse.Namespace, request: preflight.Request
 ) -> tuple[list[Host], dict[str, str], list[str]]:
     """Returns the ranks of each host, the variables for mpirun, and warnings."""
     hosts = read_hostfile(options.hostfile)
@@ -218,18 +261,6 @@ def _prepare_hosts(
         return placed, mpirun.mpirun_environment_for_hosts(is_crowded=False, has_cards=True), []
     if not is_open:
         hosts = place_ranks(hosts, options.num_ranks, {}, options.oversubscribe)
-    helpers = [Path(program).parent / name for name in ("prted", "orted", "hydra_pmi_proxy")]
-    files = [os.getcwd(), *([] if script is None else [os.path.abspath(script)])]
-    files += [str(path) for path in helpers if path.exists()]
-    request = preflight.Request(
-        python=sys.executable,
-        mpi_path=mpi.path,
-        mpi_family=mpi.family,
-        folder=os.getcwd(),
-        files=files,
-        module=words[1] if script is None else None,
-        environment=forwarded,
-    )
     facts = preflight.check_hosts(options.hostfile, [host.name for host in hosts], request)
     room = {name: fact["gpus"] or fact["cores"] for name, fact in facts.items()}
     hosts = place_ranks(hosts, None, room)
@@ -239,7 +270,9 @@ def _prepare_hosts(
         if num_ranks > fact["cores"]:
             is_crowded = True
             warnings.append(f"the {num_ranks} ranks of {host.name} share {fact['cores']} core(s)")
-        warnings += host_facts.warn_of_shared_memory(mpi.family, num_ranks, fact["free_shared_memory"], host.name)
+        warnings += host_facts.warn_of_shared_memory(
+            request.mpi_family, num_ranks, fact["free_shared_memory"], host.name
+        )
     has_cards = any(fact["network_cards"] for fact in facts.values())
     return hosts, mpirun.mpirun_environment_for_hosts(is_crowded, has_cards), warnings
 

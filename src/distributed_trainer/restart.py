@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`distributed-trainer run --restarts`: starts a job again that a killed rank or a lost host has ended.
+
+The script goes on from its newest checkpoint by itself. A job that a script's exception has ended is not started again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from . import record
+from .hostfile import Host
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+_PR_SET_PDEATHSIG = 1
+_BY_SIGNAL = 128  # the least exit code that says so
+
+
+def supervise(
+    make_command: Callable[[Sequence[Host] | None], list[str]],
+    hosts: Sequence[Host] | None,
+    find_lost: Callable[[Sequence[Host]], Mapping[str, str]],
+    environment: Mapping[str, str],
+    num_restarts: int,
+) -> int:
+    """Runs mpirun, again if it must; says on stderr in a line what it does.
+
+    Args:
+        make_command: mpirun's command line on some hosts; None without a hostfile.
+        hosts: With the ranks of each as its slots.
+        find_lost: Which hosts do not answer, and why.
+        environment: For mpirun, with the path of the job's record.
+        num_restarts: At most so many.
+
+    Returns:
+        mpirun's exit code, but never 0 of a job that has begun and was not completed.
+    """
+    path = Path(environment[record.VARIABLE])
+    for attempt in range(num_restarts + 1):
+        command = make_command(hosts)
+        _say(f"running {shlex.join(command)}")
+        began = time.monotonic()
+        path.unlink(missing_ok=True)
+        code, was_told_to_end = _run(command, environment)
+        lines = record.read(path)
+        path.unlink(missing_ok=True)
+        has_started, is_complete = record.STARTED in lines, record.COMPLETED in lines
+        has_failed = any(line.startswith(record.FAILED) for line in lines)
+        if is_complete or has_failed or was_told_to_end or (not has_started and code < _BY_SIGNAL):
+            return code or int(has_failed)
+        code = code or 1  # mpirun may say 0 of a job that has lost a host
+        text = f"the job has ended with exit code {code} after {time.monotonic() - began:.0f} s"
+        if attempt == num_restarts:
+            _say(f"{text}; {num_restarts} restart{'s' if num_restarts > 1 else ''} did not help")
+            return code
+        if hosts is not None:
+            lost = find_lost(hosts)
+            hosts = [host for host in hosts if host.name not in lost]
+            text += "".join(f"; {name} is left out: {why}" for name, why in lost.items())
+            if not hosts:
+                _say(f"{text}; no host is left")
+                return code
+        _say(f"{text}; restart {attempt + 1} of {num_restarts}")
+    raise AssertionError("unreachable")
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, bool]:
+    """Runs it and passes signals on; returns its exit code, and whether a signal has told it to end."""
+    process = subprocess.Popen(command, env=dict(environment), preexec_fn=_end_with_parent)
+    was_told_to_end = False
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        nonlocal was_told_to_end
+        was_told_to_end = was_told_to_end or number in _ENDING
+        process.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else _BY_SIGNAL - code, was_told_to_end
+
+
+def _end_with_parent() -> None:
+    """In the child: mpirun gets SIGTERM when this process is killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _say(text: str) -> None:
+    print(f"distributed_trainer: {text}", file=sys.stderr, flush=True)
+
+
+def record_path(has_hosts: bool) -> Path:
+    """Where ranks write a record: with several hosts in the current folder, which they should share. Local."""
+    folder = Path.cwd() if has_hosts else Path(os.environ.get("TMPDIR", "/tmp"))
+    return folder / f".distributed-trainer-{os.getpid()}.record"
