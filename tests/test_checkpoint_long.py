@@ -30,7 +30,7 @@ class Count(nn.Module):
 model = Count()
 trainer = create_distributed_trainer(model, shard_optimizer=True)
 open(f"{trainer.rank}.pid", "w").write(str(os.getpid()))
-optimizer = torch.optim.SGD(model.parameters(), lr=-1.0, momentum=1e-9)
+optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=1e-9, maximize=True)
 done = trainer.resume("FOLDER", optimizer=optimizer) or 0
 assert all((weight == done).all() for weight in model.weights), (done, [w[:3] for w in model.weights])
 print("from", done, flush=True)
