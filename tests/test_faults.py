@@ -25,6 +25,7 @@ def test_exception_in_one_rank(run):
     assert rest[0] == "Traceback (most recent call last):"
     assert "KeyError: 'no such key'" in job.err
     assert job.err.count("Traceback") == 1
+    assert "is dead" not in job.err, "the launcher has ended the others, which is no news"
     assert not job.survivors()
 
 
@@ -53,6 +54,9 @@ def test_rank_killed(run):
     assert not job.survivors()
     assert time.monotonic() - start < LIMIT_SECONDS
     pid = (job.folder / "1.pid").read_text()
+    if not is_openmpi():
+        assert f"PID {pid} RUNNING AT" in job.out, "mpiexec kills the others at once, so that it alone can tell"
+        return
     said = re.findall(r"^distributed_trainer: (rank 1 .*)$", job.err, re.MULTILINE)
     assert len(said) == 2, job.err
     for line in said:
@@ -96,6 +100,7 @@ def test_interrupt(run, what):
     job.process.send_signal(signal.SIGINT)
     assert job.process.wait(LIMIT_SECONDS) != 0
     assert not job.survivors()
+    assert "is dead" not in job.err
 
 
 def singleton_environment(rank):
