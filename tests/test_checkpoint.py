@@ -448,6 +448,7 @@ def test_plain_torch(world, shared_folder):
 # ---- whole scripts
 
 MAIN = """
+import gc
 from torch.utils.data import TensorDataset
 
 def main():
@@ -467,6 +468,7 @@ def main():
     LAST_LINE
 
 main()
+gc.collect()
 """
 
 
