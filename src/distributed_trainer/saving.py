@@ -126,8 +126,13 @@ class Saving:
         Raises:
             CheckpointError, MismatchError, SystemExit: As `take_part`. The same on every rank.
         """
-        if not _at_exit.remove(self):
-            return
+        if _at_exit.waits_for(self):
+            try:
+                self._meet()
+            finally:
+                _at_exit.remove(self)
+
+    def _meet(self) -> None:
         own = self.flags
         try:
             rows = [row[0] for row in gather_bytes(self._meeting_group, bytes([own]))]
@@ -258,14 +263,15 @@ class _AtExit:
         self._open.append(saving)
         self._last_state = state
 
-    def remove(self, saving: Saving) -> bool:
-        """Whether it had not met yet."""
-        if saving not in self._open:
-            return False
+    def waits_for(self, saving: Saving) -> bool:
+        """Whether it has not met yet."""
+        return saving in self._open
+
+    def remove(self, saving: Saving) -> None:
+        """Notes that it has met, and lets go of its state."""
         self._open.remove(saving)
         if saving._state() is self._last_state:
             self._last_state = None
-        return True
 
     def _run(self, pid: int) -> None:
         if os.getpid() != pid:
