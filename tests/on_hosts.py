@@ -101,15 +101,27 @@ def test_nodes(world):
     memory = group.allocate(MIB)
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "/memfd:dtrain" in line]
     inodes = world.gather({words[4] for words in lines})
+    shared_memory = world.gather(os.stat("/dev/shm").st_dev)  # the hosts': MPI's is there
     for rank, own in enumerate(inodes):
         for peer, others in enumerate(inodes):
-            assert bool(own & others) == (nodes()[rank] == nodes()[peer]), (rank, peer)
+            is_neighbour = nodes()[rank] == nodes()[peer]
+            assert bool(own & others) == is_neighbour, (rank, peer)
+            assert (shared_memory[rank] == shared_memory[peer]) == is_neighbour, (rank, peer)
     num_hosts = max(nodes()) + 1
     what = "shared memory" if num_hosts == 1 else "shared memory and, between machines, MPI"
     machines = f"{num_hosts} machine{'s' if num_hosts > 1 else ''}"
     assert f"{world.size} ranks on {machines}, " in job.summary
     assert job.summary.endswith(f"over {what}")
     del memory
+
+
+@on_ranks(4)
+def test_threads(world):
+    """Each rank has as many as the start-up line says, and as it may use cores."""
+    job = jobs.start(None, None)
+    number, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    assert f"{number} thread{'s' if number > 1 else ''} per rank (" in job.summary
+    assert 1 <= number <= cores
 
 
 @on_ranks(2, 3, 4)

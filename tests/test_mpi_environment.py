@@ -15,8 +15,9 @@ MPIRUN = Launcher("mpirun of Open MPI", 0, 2, 0, 2)
 def prepared(environ, family, apart, monkeypatch):
     monkeypatch.setattr(mpi_environment, "is_apart", lambda launcher: apart)
     monkeypatch.setattr(mpi_environment.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
-    environ = dict(environ)
+    environ = {"HOME": "/home/anna", **environ}
     mpi_environment.prepare(environ, MPIRUN, MPILibrary("/opt/mpi/lib/libmpi.so", family))
+    assert environ.pop("HOME") == "/home/anna"
     return environ
 
 

@@ -4,16 +4,18 @@
 With hosts of their own: test_run_hosts_long.py.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from distributed_trainer import LaunchError, preflight
+from distributed_trainer import LaunchError, preflight, versions
 from distributed_trainer.host_facts import host_facts
 from distributed_trainer.library import load_engine, loaded_mpi
 
@@ -57,8 +59,21 @@ def test_facts(agent, wanted, tmp_path):
         assert preflight.ask_hosts([name], [agent, "-x"], asked) == {name: expected}
     assert expected["missing"] == [f"{tmp_path}/no such file", "module nosuchmodule.x"]
     assert json.loads(json.dumps(expected)) == expected
-    for key in ("torch", "package", "engine", "mpi"):
+    for key in ("torch", "mpi"):
         assert expected[key], key
+
+
+def test_it_compares_what_ranks_compare_at_their_start():
+    """And so refuses what they would, and nothing else: not two builds of one source."""
+    engine = load_engine()
+    mpi = loaded_mpi()
+    facts = host_facts(mpi.path, mpi.family, [], None)
+    told = json.loads(versions.introduce(engine))
+    assert facts["engine"] == told["its engine"]
+    assert facts["package"] == told["distributed_trainer"]
+    assert facts["mpi"] == told["MPI"]
+    assert facts["python"] == told["Python"]
+    assert facts["torch"].partition("+")[0] == told["torch"]
 
 
 def test_environment_and_folder_of_the_ranks(agent, wanted, tmp_path):
@@ -89,6 +104,16 @@ def test_hosts_that_do_not_answer(agent, wanted, monkeypatch):
     assert answers["odd"] == f"could not be asked (something else). See `{agent} odd true`"
     assert answers["mute"] == f"could not be asked (exit code 1). See `{agent} mute true`"
     assert isinstance(answers["good"], dict)
+    while any(agent.encode() in words for words in commands()):
+        assert time.monotonic() - start < 6
+        time.sleep(0.05)
+
+
+def commands():
+    """Of the processes that run."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield file.read_bytes()
 
 
 def test_connection_that_is_kept_open(agent, wanted):
@@ -144,9 +169,10 @@ GOOD = {
     "missing": [],
     "python": "3.11",
     "torch": "2.13.0",
-    "package": "aaa",
+    "package": "0.1.0+x (sources aaa)",
     "engine": "bbb",
     "mpi": "Open MPI v5.0.11",
+    "has_home": True,
     "paths": {"python": "/venv/bin/python", "torch": "/venv/torch", "package": "/venv/dt", "mpi": "/venv/libmpi.so.40"},
 }
 
@@ -178,7 +204,10 @@ def problems(request, *changes, names=None):
             "version on all, such as `/venv/bin/python -m pip install torch==2.13.0`.",
         ),
         ({"python": "3.12"}, "Python differs: node0, node2 have 3.11 (/venv/bin/python), node1 has 3.12"),
-        ({"package": "ccc"}, "distributed_trainer differs: node0, node2 have aaa (/venv/dt), node1 has ccc"),
+        (
+            {"package": "0.1.0+x (sources ccc)"},
+            "distributed_trainer differs: node0, node2 have 0.1.0+x (sources aaa) (/venv/dt), node1 has 0.1.0+x (sou",
+        ),
         ({"engine": "ccc"}, "the engine of distributed_trainer differs: "),
         ({"mpi": "MPICH Version: 5.0.2"}, "the MPI library differs: node0, node2 have Open MPI v5.0.11"),
         ({"machine": ["0"]}, "node0, node1 are names of one machine. Write one of them, with the sum of the slots."),
@@ -188,6 +217,16 @@ def test_one_problem(wanted, change, message):
     assert problems(wanted, {}, {}, {}) == []
     [problem] = problems(wanted, {}, change, {})
     assert message in problem
+
+
+def test_no_home(wanted):
+    """Open MPI alone minds, and `run` sets it here."""
+    openmpi, mpich = (replace(wanted, mpi_family=family) for family in ("openmpi", "mpich"))
+    [problem] = problems(openmpi, {}, {"has_home": False})
+    assert problem.startswith("node1 has no HOME, without which Open MPI's daemon crashes. ")
+    assert problems(mpich, {}, {"has_home": False}) == []
+    local = GOOD | {"name": "here", "machine": ["here"], "has_home": False}
+    assert preflight.find_problems({"localhost": local}, openmpi) == []
 
 
 def test_equal_names(wanted):

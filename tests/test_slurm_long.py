@@ -40,7 +40,8 @@ def test_srun(cluster, tmp_path):
     output = run_tests(
         lambda ranks, **variables: cluster.start([*command, *ranks], **variables), (2, 2), [*OWN, *EXACT], tmp_path
     )
-    assert "not found" not in output
+    said = output + "".join(file.read_text() for file in tmp_path.glob("rank-*.log"))
+    assert "not found" not in said
 
 
 def test_mpirun_in_an_allocation(cluster, tmp_path):

@@ -2,11 +2,15 @@
 """Training on hosts that share no memory, made of namespaces, with the MPI of this environment."""
 
 import functools
+import os
+import subprocess
 
 import pytest
 from hosts import Hosts, require
 from on_hosts import OWN, run_tests
+from ranks import is_openmpi, mpirun_path
 from sshd import sshd
+from test_run import shell_environment
 
 pytestmark = pytest.mark.long
 
@@ -34,7 +38,7 @@ def hosts():
         yield hosts
 
 
-@pytest.mark.parametrize("ranks_of_host", [(2, 2, 0), (1, 1, 1), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize("ranks_of_host", [(2, 2, 0), (3, 1, 0), (1, 1, 1), (2, 1, 0)], ids=str)
 def test_training(hosts, ranks_of_host, tmp_path):
     start = functools.partial(hosts.mpirun, ranks_of_host, capture=True)
     run_tests(start, ranks_of_host, [*OWN, *TESTS[sum(ranks_of_host)]], tmp_path)
@@ -47,10 +51,34 @@ def ssh(hosts):
         yield
 
 
-def test_by_ssh(hosts, ssh, tmp_path):
-    """An sshd on each host, and keys; mpirun gets no option that has to do with it."""
-    start = functools.partial(hosts.mpirun, (1, 1, 0), capture=True, by_ssh=True)
-    run_tests(start, (1, 1, 0), [*OWN, "tests/test_exactness.py::test_fifty_steps[2-ranks-adam]"], tmp_path)
+def test_bare_mpirun(hosts, ssh, tmp_path):
+    """As README types it: a hostfile, and no other option or variable; ssh and its keys are the hosts' own.
+
+    Open MPI then binds each rank to a core, and would refuse more ranks than cores on a host.
+    """
+    if is_openmpi() and len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("this machine has one core")
+    option, line = ("--hostfile", "{} slots=2\n") if is_openmpi() else ("-f", "{}:2\n")
+    (tmp_path / "hosts.txt").write_text("".join(line.format(name) for name in hosts.names[:2]))
+    environment = shell_environment(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+
+    def start(command, **variables):
+        del variables["OMP_NUM_THREADS"]
+        variables["PYTHONPATH"] = environment["PYTHONPATH"]
+        command = ["env", *map("=".join, variables.items()), *command]  # the tests' own, for which nobody types -x
+        return subprocess.Popen(
+            hosts.inside(0, [mpirun_path(), option, str(tmp_path / "hosts.txt"), "-np", "4", *command]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    exact = "tests/test_exactness.py::test_fifty_steps[4-ranks-adam]"
+    run_tests(start, (2, 2, 0), [*OWN, "tests/on_hosts.py::test_threads[4-ranks]", exact], folder)
 
 
 def test_in_pbs(hosts, ssh, tmp_path):

@@ -186,6 +186,18 @@ def test_small_shared_memory():
     assert output.count("trained") == 2
 
 
+def test_a_container_for_all_ranks():
+    """A rootless one, with mpirun inside."""
+    options = ["--user", "--map-root-user", "--mount-proc", "--mount", "--ipc", "--uts", "--pid", "--fork"]
+    require_namespaces(*options)
+    script = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    launch = [mpirun_path(), "-np", "2", sys.executable, "-c", SHARING]
+    code, output = run(["unshare", *options, "sh", "-c", script, "sh", *launch])
+    assert code == 0, output
+    assert output.count("trained") == 2
+    assert not [line for line in output.splitlines() if "trained" not in line and "distributed_trainer: " not in line]
+
+
 CONTAINERS = {
     "user": ["--user", "--map-root-user"],
     "process": ["--pid", "--fork"],

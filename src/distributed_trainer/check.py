@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -60,8 +61,11 @@ def _print(report: dict[str, Any], as_json: bool) -> int:
 def _be_rank(launcher: launch.Launcher, as_json: bool) -> dict[str, Any] | None:
     """Collective over all ranks of the launch. Returns the report on rank 0, None on others.
 
-    Every rank of a failed start gets a report, with the cause. They come to print it one after the other, so that the
-    first to end ends the job before the others speak.
+    Every rank of a failed start gets a report, with the cause, unless that is the same on all. They come to print it
+    one after the other, so that the first to end ends the job before the others speak, which srun does not do.
+
+    Raises:
+        SystemExit: Rank 0 prints what is wrong.
     """
     from . import check_ranks, job  # which import torch
 
@@ -73,11 +77,14 @@ def _be_rank(launcher: launch.Launcher, as_json: bool) -> dict[str, Any] | None:
         facts = check_ranks.gather_facts(started, launcher, mpi_environment.is_apart(launcher))
     except DistributedTrainerError as error:
         time.sleep(min(0.5 * launcher.rank, 2.0))
+        if error.is_for_rank_0 and launcher.rank > 0:
+            sys.exit(1)
         return {"problems": [problem(str(error), is_fatal=True)]}
     finally:
         alarm.cancel()
+    cuda_awareness = check_ranks.gather_cuda_awareness(started)
     speed = check_ranks.measure(started)
-    return make_report(facts, speed) if started.rank == 0 else None
+    return make_report(facts, cuda_awareness, speed) if started.rank == 0 else None
 
 
 def _give_up(launcher: launch.Launcher, as_json: bool) -> None:

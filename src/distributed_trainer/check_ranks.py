@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import glob
 import os
 import time
@@ -14,9 +13,9 @@ from typing import Any
 
 import torch
 
-from . import devices, launch, library
+from . import device_transfer, devices, launch, library
 from .backend import ProcessGroupShmpi, gather_objects
-from .host_facts import core_of, host_facts
+from .host_facts import core_of, cpu_limit, host_facts
 from .job import Job
 
 _BYTES = 25 << 20  # about a bucket of gradients
@@ -43,12 +42,12 @@ def gather_facts(job: Job, launcher: launch.Launcher, is_apart: bool) -> list[di
         "rank": job.rank,
         "node": job.node_of_rank[job.rank],
         "core_ids": sorted({core_of(cpu) for cpu in os.sched_getaffinity(0)}),
+        "cpu_limit": cpu_limit(),
         "threads": torch.get_num_threads(),
         "binding": threads.warning,
         "device": str(job.device),
         "gpu": torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else None,
         "has_gpu_driver": bool(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/dev/kfd")),
-        "is_cuda_aware": _is_cuda_aware(mpi.path),
         "is_apart": is_apart,
         "network": os.readlink("/proc/self/ns/net"),
         "launcher": os.readlink(f"/proc/{pid}/exe") if pid else None,
@@ -60,9 +59,11 @@ def gather_facts(job: Job, launcher: launch.Launcher, is_apart: bool) -> list[di
     return gather_objects(job.create_group(), facts)
 
 
-def _is_cuda_aware(mpi_path: str) -> bool:
-    query = getattr(ctypes.CDLL(mpi_path), "MPIX_Query_cuda_support", None)
-    return query is not None and query() == 1
+def gather_cuda_awareness(job: Job) -> list[str]:
+    """Gathers whether MPI takes memory of each rank's GPU, in words. Collective, blocks, seconds if there are GPUs."""
+    mpi = library.loaded_mpi()
+    assert mpi is not None
+    return gather_objects(job.create_group(), device_transfer.describe(mpi.path, job.device))
 
 
 def _leftovers() -> list[str]:

@@ -6,6 +6,7 @@ Nothing here communicates.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +21,14 @@ def problem(text: str, is_fatal: bool = False) -> dict[str, Any]:
     return {"text": text, "is_fatal": is_fatal}
 
 
-def make_report(facts: Sequence[dict[str, Any]], speed: dict[str, Any]) -> dict[str, Any]:
+def make_report(
+    facts: Sequence[dict[str, Any]], cuda_awareness: Sequence[str], speed: dict[str, Any]
+) -> dict[str, Any]:
     """Makes the report of `check`.
 
     Args:
         facts: `check_ranks.gather_facts`, in rank order.
+        cuda_awareness: `check_ranks.gather_cuda_awareness`, in rank order.
         speed: `check_ranks.measure`.
     """
     first = facts[0]
@@ -32,9 +36,16 @@ def make_report(facts: Sequence[dict[str, Any]], speed: dict[str, Any]) -> dict[
     report = {
         key: first[key] for key in ("mpi", "python", "torch", "package", "engine", "kernels", "paths", "launcher")
     }
-    report |= {"world_size": len(facts), "hosts": hosts, "is_cuda_aware": all(fact["is_cuda_aware"] for fact in facts)}
+    report |= {"world_size": len(facts), "hosts": hosts, "cuda_aware": _sum_up(cuda_awareness)}
     report |= {"all_reduce": speed, "problems": _find_problems(facts, hosts)}
     return report
+
+
+def _sum_up(cuda_awareness: Sequence[str]) -> str:
+    if len(set(cuda_awareness)) == 1:
+        return cuda_awareness[0]
+    rank, answer = next((rank, answer) for rank, answer in enumerate(cuda_awareness) if answer != "yes")
+    return f"not on all ranks (rank {rank}: {answer})"
 
 
 def _by_host(facts: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -47,10 +58,13 @@ def _by_host(facts: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _host(ranks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = ranks[0]
+    cores = len(set().union(*(fact["core_ids"] for fact in ranks)))
+    if all(fact["cpu_limit"] for fact in ranks):  # of control groups, which may be those of several containers
+        cores = min(cores, math.ceil(sum(cpus for _, cpus in {tuple(fact["cpu_limit"]) for fact in ranks})))
     return {
         "name": first["name"],
         "ranks": [fact["rank"] for fact in ranks],
-        "cores": len(set().union(*(fact["core_ids"] for fact in ranks))),
+        "cores": cores,
         "threads": sorted({fact["threads"] for fact in ranks}),
         "shares_memory": len({fact["node"] for fact in ranks}) == 1,
         "gpus": sorted({f"{fact['device']} {fact['gpu']}" for fact in ranks if fact["gpu"]}),
@@ -167,11 +181,9 @@ def _table(hosts: Sequence[dict[str, Any]]) -> list[str]:
 def _about_speed(report: dict[str, Any]) -> list[str]:
     inside, between = report["all_reduce"]["inside"], report["all_reduce"]["between"]
     lines = []
+    lines.append(f"CUDA-aware MPI: {report['cuda_aware']}; it is not used")
     if any(host["gpus"] for host in report["hosts"]):
-        answer = "says that it is CUDA-aware, which is not used" if report["is_cuda_aware"] else "is not CUDA-aware"
-        lines.append(f"GPU tensors go to NCCL where torch has it, else through host memory: the MPI {answer}")
-    else:
-        lines.append(f"CUDA-aware MPI: {'yes' if report['is_cuda_aware'] else 'no'}; it is not used")
+        lines.append("GPU tensors go to NCCL where torch has it, else through host memory")
     if inside:
         lines.append(
             f"all_reduce on a machine, {inside['bytes'] >> 20} MiB: {_rate(inside['bytes'], inside['seconds'])}, over "

@@ -7,6 +7,7 @@ What decides is given what all ranks of the machine found, and so runs the same 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -135,18 +136,21 @@ def fit_threads(
     local_rank: int,
     environ: Mapping[str, str],
     cpus_of_launcher: AbstractSet[int] = frozenset(),
+    limits: Sequence[tuple[int, float] | None] = (),
     core_of: Callable[[int], int] = core_of,
 ) -> Threads:
     """Fits the number of threads to the cores that a rank may use; under mpirun torch would take 1 by itself.
 
-    Cores that several ranks may use are divided among them. Of 4 or more one is left to the engine's thread.
-    Hyperthreads of a core count once, as in torch's own default. Not for a job of one rank: torch does that.
+    Cores that several ranks may use are divided among them, and so is the time that a container has. Of 4 or more one
+    is left to the engine's thread. Hyperthreads of a core count once, as in torch's own default. Not for a job of one
+    rank: torch does that.
 
     Args:
         cpus_of_ranks: `os.sched_getaffinity(0)` of all ranks of this machine, by local rank.
         local_rank: This rank's place in it.
         environ: OMP_NUM_THREADS and MKL_NUM_THREADS count as the user's word. (No mpirun sets them.)
         cpus_of_launcher: The same of mpirun, if known: what the ranks lack of it, its binding has taken.
+        limits: `host_facts.cpu_limit` of all ranks of this machine, by local rank.
         core_of: Gives the core of a CPU number.
     """
     cores_of_ranks = [{core_of(cpu) for cpu in cpus} for cpus in cpus_of_ranks]
@@ -162,9 +166,14 @@ def fit_threads(
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         if name in environ:
             return Threads(None, f"threads by {name}={environ[name]}", warning)
-    share = int(sum(Fraction(1, users[core]) for core in cores_of_ranks[local_rank]))
-    number = share - 1 if share >= 4 else max(share, 1)
-    text = f"{number} thread{'s' if number > 1 else ''} per rank ({len(cores_of_ranks)} on {num_cores} cores)"
+    share = sum(Fraction(1, users[core]) for core in cores_of_ranks[local_rank])
+    limited = ""
+    if limits and (limit := limits[local_rank]):
+        of_limit = Fraction(math.ceil(limit[1]), limits.count(limit))
+        limited = f" with time for {limit[1]:.3g}" if of_limit < share else ""
+        share = min(share, of_limit)
+    number = int(share) - 1 if share >= 4 else max(int(share), 1)
+    text = f"{number} thread{'s' if number > 1 else ''} per rank ({len(cores_of_ranks)} on {num_cores} cores{limited})"
     return Threads(number, text, warning)
 
 

@@ -5,6 +5,9 @@
 class DistributedTrainerError(RuntimeError):
     """Base class of all errors that this package raises for a run."""
 
+    is_for_rank_0 = False
+    """Whether all ranks raise the same, so that rank 0 alone is to print it."""
+
 
 class MPINotFoundError(DistributedTrainerError):
     """No usable MPI library, or no engine module built for the one that was found."""

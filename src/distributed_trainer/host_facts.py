@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import glob
 import hashlib
+import math
 import os
+import re
 import runpy
 import sys
-from importlib import util
+from importlib import metadata, util
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -44,10 +46,11 @@ def host_facts(mpi_path: str, mpi_family: str, files: list[str], module: str | N
         + ([f"module {module}"] if module and util.find_spec(module.partition(".")[0]) is None else []),
         "python": "{}.{}".format(*sys.version_info),
         "torch": torch and runpy.run_path(str(torch / "version.py"))["__version__"],
-        "package": package and fingerprint(sorted(package.glob("*.py"))),
-        "engine": package and fingerprint(_engine_modules(package, mpi_family)),
+        "package": package and package_version(package),
+        "engine": package and _engine_version(package, mpi_family),
         "mpi": _mpi_version(mpi_path),
         "paths": {"python": sys.executable, "torch": str(torch), "package": str(package), "mpi": mpi_path},
+        "has_home": "HOME" in os.environ,
         "cores": num_cores(),
         "gpus": num_gpus(),
         "network_cards": has_network_cards(),
@@ -62,10 +65,36 @@ def core_of(cpu: int) -> int:
 
 
 def num_cores() -> int:
-    """Physical cores that this process may use; a container's share of time counts too."""
-    cores = len({core_of(cpu) for cpu in os.sched_getaffinity(0)})
-    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
-    return min(cores, max(1, int(quota) // int(period))) if quota.isdigit() else cores
+    """Physical cores that this process may use, or as many as it gets time for, if that is less."""
+    cores, limit = len({core_of(cpu) for cpu in os.sched_getaffinity(0)}), cpu_limit()
+    return min(cores, math.ceil(limit[1])) if limit else cores
+
+
+def cpu_limit(groups: str = "/proc/self/cgroup", folder: str = "/sys/fs/cgroup") -> tuple[int, float] | None:
+    """Finds out for how many CPUs this process gets time from its control groups: `docker run --cpus=2` gives it 2.
+
+    Local.
+
+    Returns:
+        A number that names the group, the same in whichever container it is seen, and the CPUs that its processes
+        have together; of the tightest limit, since one holds for all groups below. None without a limit.
+    """
+    limits = []
+    for line in _read(groups).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue  # one of version 1, for something else
+        root = Path(folder, "cpu") if controllers else Path(folder)
+        # In a container the path may be the host's, and the root be what it leads to there.
+        for group in (Path(path), *Path(path).parents):
+            place = root / group.relative_to("/")
+            if controllers:
+                quota, period = (_read(f"{place}/cpu.cfs_{name}_us") for name in ("quota", "period"))
+            else:
+                quota, _, period = _read(f"{place}/cpu.max").partition(" ")
+            if quota.isdigit():  # not "max" or -1
+                limits.append((int(quota) / int(period), os.stat(place).st_ino))
+    return min(limits)[::-1] if limits else None
 
 
 def num_gpus() -> int:
@@ -122,15 +151,27 @@ def _folder_of(package: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def _engine_modules(package: Path, mpi_family: str) -> list[Path]:
-    names = [package / f"_engine_{mpi_family}{suffix}" for suffix in EXTENSION_SUFFIXES]
-    return [path for path in names if path.exists()][:1]  # the one that an import takes
+def package_version(folder: Path) -> str:
+    """The version of the package in a folder, and a fingerprint of its sources: those of a checkout change without it.
 
-
-def fingerprint(files: list[Path]) -> str | None:
-    """Names the files' contents: a version number says nothing of a checkout. None for no files. Local."""
+    Local.
+    """
+    try:
+        version = metadata.version("distributed_trainer")
+    except metadata.PackageNotFoundError:
+        version = "checkout"
+    files = sorted(folder.glob("*.py"))
     digest = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
-    return digest[:12] if files else None
+    return f"{version} (sources {digest[:12]})"
+
+
+def _engine_version(package: Path, mpi_family: str) -> str | None:
+    """The module's `engine_version`, the same for all builds of one source, found without loading it."""
+    names = [package / f"_engine_{mpi_family}{suffix}" for suffix in EXTENSION_SUFFIXES]
+    for path in filter(Path.exists, names):  # the first is the one that an import takes
+        found = re.search(rb"distributed_trainer engine ([0-9a-f]{12})", path.read_bytes())
+        return found[1].decode() if found else "an old version"
+    return None
 
 
 def _mpi_version(path: str) -> str | None:

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import itertools
 import logging
+import math
 import os
 import sys
 import weakref
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch._C._dynamo import eval_frame
 
-from . import devices, launch, library, mpi_environment, mpirun, places, record, versions
+from . import devices, host_facts, launch, library, mpi_environment, mpirun, places, record, versions
 from .backend import ProcessGroupShmpi, gather_objects
 from .errors import LaunchError, MismatchError
 from .inner import ProcessGroupShmpiWithInner
@@ -171,9 +172,12 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     local_ranks = [rank for rank, node in enumerate(nodes) if node == nodes[engine.rank]]
     local_rank = local_ranks.index(engine.rank)
     first_group = ProcessGroupShmpi(engine.create_group(list(range(engine.size))), module.ReduceOp)
+    limit = host_facts.cpu_limit()
+    visible, limits = zip(*gather_objects(first_group, (devices.visible_devices(), limit)), strict=True)
     cores = [set(engine.cores_of(rank)) for rank in local_ranks]
-    threads = devices.fit_threads(cores, local_rank, os.environ, launch.cpus_of_launcher(launcher))
-    visible, warnings = zip(*gather_objects(first_group, (devices.visible_devices(), threads.warning)), strict=True)
+    local_limits = [limits[rank] for rank in local_ranks]
+    threads = devices.fit_threads(cores, local_rank, os.environ, launch.cpus_of_launcher(launcher), local_limits)
+    threads_of_ranks, warnings = zip(*gather_objects(first_group, (threads.text, threads.warning)), strict=True)
     local_visible = [visible[rank] for rank in local_ranks]
     num_visible = len({name for names in local_visible for name in names})
     _, notice = devices.resolve_num_gpus(num_gpus, len(local_ranks) if launcher else None, num_visible)
@@ -181,13 +185,15 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     device = devices.pick_device(local_visible, local_rank, accelerator.type if accelerator else "cpu")
     if threads.number is not None and engine.size > 1:
         torch.set_num_threads(threads.number)
+    elif threads.number is not None and limit is not None:  # of which torch does not know
+        torch.set_num_threads(min(torch.get_num_threads(), math.ceil(limit[1])))
     if engine.rank == 0:
         badly_bound = list(filter(None, (warnings[nodes.index(node)] for node in range(max(nodes) + 1))))
         if len(badly_bound) > 1:
             badly_bound = [f"{badly_bound[0]} (and so on {len(badly_bound) - 1} more)"]
         for line in filter(None, [notice, *badly_bound]):
             logger.warning(line)
-    job = Job(engine, module, nodes, device, _summary(module, nodes, device, threads.text))
+    job = Job(engine, module, nodes, device, _summary(module, nodes, device, threads_of_ranks))
     _jobs.append(job)
     if comm is None:
         _job_of_world = job
@@ -260,16 +266,18 @@ def _hide_from_dynamo(*classes: type) -> None:
             eval_frame.set_code_exec_strategy(code, strategy)
 
 
-def _summary(module: Any, nodes: list[int], device: torch.device, threads: str) -> str:
+def _summary(module: Any, nodes: list[int], device: torch.device, threads_of_ranks: Sequence[str]) -> str:
     def count(number: int, what: str) -> str:
         return f"{number} {what}{'s' if number > 1 else ''}"
 
     size, num_nodes = len(nodes), max(nodes) + 1
+    threads = list(dict.fromkeys(threads_of_ranks))  # machines may differ
+    threads[2:] = ["others"] if len(threads) > 2 else []
     facts = [
         " ".join(module.library_version().split(",")[0].split()),
         f"{count(size, 'rank')} on {count(num_nodes, 'machine')}",
         "CPU (no GPU found)" if device.type == "cpu" else f"one {device.type} device per rank",
-        threads if size > 1 else f"{count(torch.get_num_threads(), 'thread')}",
+        " or ".join(threads) if size > 1 else f"{count(torch.get_num_threads(), 'thread')}",
     ]
     if size > 1:
         facts.append("over shared memory" if num_nodes == 1 else "over shared memory and, between machines, MPI")

@@ -152,6 +152,8 @@ def raise_once(error: Exception, launcher: Launcher | None) -> NoReturn:
     All of them end with an exit code that is not 0. The others end late: launchers kill a job at its first
     failed process, and rank 0 must have printed by then.
     """
+    if isinstance(error, DistributedTrainerError):
+        error.is_for_rank_0 = True
     previous = sys.excepthook
 
     def leave_silently(kind: type, value: BaseException, trace: TracebackType | None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .launch import Launcher, find_launcher_process
 from .library import MPILibrary
+from .mpirun import home_folder
 
 # Networks inside a machine: of docker, podman, libvirt, LXC and Kubernetes' bridge plugin.
 _BRIDGE_OF_CONTAINERS = re.compile(r"(docker|podman|virbr|lxcbr|lxdbr|cni)\d+|br-[0-9a-f]{12}")
@@ -32,6 +33,7 @@ def prepare(environ: MutableMapping[str, str], launcher: Launcher | None, mpi: M
     if "native" in environ.get("PMIX_SECURITY_MODE", "").split(","):
         environ["PMIX_SECURITY_MODE"] = "native"
     if mpi.family == "openmpi":
+        environ.setdefault("HOME", home_folder())
         _avoid_bridges(environ, mpi, [name for _, name in socket.if_nameindex()])
     if is_apart(launcher):
         _avoid_shared_memory(environ, mpi.family)

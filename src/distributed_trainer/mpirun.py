@@ -53,12 +53,18 @@ def skip_network_search() -> None:
 
 
 def _settings(is_crowded: bool, has_cards: bool) -> dict[str, str]:
-    settings = _NO_BINDING | _network_settings(has_cards)
+    settings = _NO_BINDING | _network_settings(has_cards) | {"HOME": home_folder()}
     if os.geteuid() == 0:  # as in most containers; mpirun would refuse
         settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     if is_crowded:
         settings["OMPI_MCA_mpi_yield_when_idle"] = "1"
     return settings
+
+
+def home_folder() -> str:
+    """What HOME would be, without which Open MPI does not start; services of systemd have none."""
+    home = os.path.expanduser("~")  # from HOME or the user database
+    return "/" if home == "~" else home
 
 
 def _network_settings(has_cards: bool) -> dict[str, str]:
@@ -100,7 +106,12 @@ def find_mpirun(mpi: MPILibrary) -> str:
 def _is_mpirun_of(family: str, mpirun: str) -> bool:
     try:
         version = subprocess.run(  # takes 5 ms
-            [mpirun, "--version"], stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=10
+            [mpirun, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            timeout=10,
+            env={**os.environ, "HOME": home_folder()},
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return False  # such as a shim of a Python version manager

@@ -210,6 +210,11 @@ def find_problems(answers: Mapping[str, dict[str, Any] | str], request: Request)
         ):
             if fact[key] is None:
                 problems.append(f"{name} has no {title} for {request.python}. Install it there: `{remedy}`.")
+        if request.mpi_family == "openmpi" and not (fact["has_home"] or is_this_machine(name)):  # here it is set
+            problems.append(
+                f"{name} has no HOME, without which Open MPI's daemon crashes. ssh sets it; have what is in its place "
+                f"do so."
+            )
         if fact["mpi"] is None:
             problems.append(f"{name} has no {request.mpi_path} that loads. Install the same MPI there.")
     problems += _differences(facts, request)
@@ -229,9 +234,9 @@ def _differences(facts: Mapping[str, dict[str, Any]], request: Request) -> list[
     ):
         hosts_of: dict[str, list[str]] = {}
         for name, fact in facts.items():
-            if fact[key] is not None:
+            if (value := fact[key]) is not None:
                 # torch's part after the + is the devices that it was built for, which may differ.
-                hosts_of.setdefault(fact[key].partition("+")[0], []).append(name)
+                hosts_of.setdefault(value.partition("+")[0] if key == "torch" else value, []).append(name)
         if len(hosts_of) > 1:
             parts = [
                 f"{_list(names)} {'has' if len(names) == 1 else 'have'} {value} ({facts[names[0]]['paths'][path]})"

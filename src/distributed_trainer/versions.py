@@ -12,17 +12,17 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import MismatchError
-from .host_facts import fingerprint
+from .host_facts import package_version
 
 _NUM_NAMED_HOSTS = 3  # in a message; the others are counted
 _MAX_CHARACTERS = 80  # of a fact: all of them must fit the engine's introduction_bytes
+_package_version = functools.cache(package_version)  # of files that this process has read already
 
 
 def introduce(module: Any) -> str:
@@ -33,7 +33,7 @@ def introduce(module: Any) -> str:
     """
     facts = {
         "host": os.uname().nodename,
-        "distributed_trainer": _package_version(),
+        "distributed_trainer": _package_version(Path(__file__).parent),
         "its engine": module.engine_version,
         "MPI": " ".join(module.library_version().split(",")[0].split()),
         # What is left out makes no difference that matters: bug fixes of Python, and for which devices torch was built.
@@ -74,13 +74,3 @@ def _by_value(name: str, ranks: Sequence[dict[str, str]]) -> str:
         others = f" and {len(where) - _NUM_NAMED_HOSTS} more" if len(where) > _NUM_NAMED_HOSTS else ""
         parts.append(f"{value} on {', '.join(where[:_NUM_NAMED_HOSTS])}{others}")
     return "; ".join(parts)
-
-
-@functools.cache
-def _package_version() -> str:
-    """The version, and a fingerprint of the sources: those of a checkout change without it."""
-    try:
-        version = metadata.version("distributed_trainer")
-    except metadata.PackageNotFoundError:
-        version = "checkout"
-    return f"{version} (sources {fingerprint(sorted(Path(__file__).parent.glob('*.py')))})"
