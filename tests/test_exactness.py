@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from ranks import everywhere, on_ranks
 from torch import nn
 
-from distributed_trainer import create_distributed_trainer
-from distributed_trainer import trainer as trainer_module
+from distributed_trainer import computation, create_distributed_trainer
 
 SIZES = [12, 7, 2, 1]  # divides by 1 to 4 ranks, does not, less than the ranks, one
 F32, F64 = torch.float32, torch.float64
@@ -126,12 +125,12 @@ def test_one_step(world, dtype, num_samples):
 @several
 def test_one_percent_is_noticed(world, monkeypatch):
     """The checks of this file fail if one rank's weight is 1 % off."""
-    exact = trainer_module.local_loss
+    exact = computation.local_loss
 
     def wrong(criterion, outputs, targets, weight, total):
         return exact(criterion, outputs, targets, weight * (1.01 if world.rank == 0 else 1), total)
 
-    monkeypatch.setattr(trainer_module, "local_loss", wrong)
+    monkeypatch.setattr(computation, "local_loss", wrong)
     with pytest.raises(AssertionError):
         check_steps(lambda: Net(F32), [batch(7, F32)], nn.CrossEntropyLoss(), OPTIMIZERS["sgd"], 1e-5, 1e-5)
 

@@ -22,12 +22,17 @@ restart
 preflight hostfile device_transfer
 create
 trainer
-own_loop
+computation own_loop save_and_load
+saving restoring
+writing
+training_state
+checkpoint positions
 agreement
 balance share advice evaluate loader memory profile replica reporting timing
 drift clocks criterion
 reproducible
 data batchnorm direct alignment sharding
+tensor_files
 gradients
 options
 compression

@@ -181,7 +181,7 @@ def test_gan(world, num_trainers):
         )
         gan(ours, pair["g"], pair["d"], optimizers, real, noise)
     assert_same(pair, reference, 1e-10)
-    for trainer in {trainer_g, trainer_d}:
+    for trainer in dict.fromkeys([trainer_g, trainer_d]):  # in one order on all ranks
         trainer.close()
 
 

@@ -9,6 +9,7 @@ import distributed_trainer
 from distributed_trainer import DistributedTrainer, create_distributed_trainer
 
 NAMES = [
+    "CheckpointError",
     "DistributedTrainer",
     "DistributedTrainerError",
     "LaunchError",
@@ -25,12 +26,13 @@ MEMBERS = [
         "evaluate",
         "forward",
         "gradient_norm",
+        "load",
         "loader",
         "log",
         "log_to",
         "no_sync",
     ),
-    *("num_skipped_steps", "profile", "progress", "split", "step", "summary", "train_step"),
+    *("num_skipped_steps", "profile", "progress", "resume", "save", "split", "step", "summary", "train_step"),
 ]
 ATTRIBUTES = ["device", "local_rank", "model", "rank", "world_size"]
 
@@ -83,7 +85,7 @@ def test_docstrings():
 
 def test_errors():
     assert issubclass(distributed_trainer.DistributedTrainerError, RuntimeError)
-    for name in ("LaunchError", "MPINotFoundError", "MismatchError"):
+    for name in ("CheckpointError", "LaunchError", "MPINotFoundError", "MismatchError"):
         assert issubclass(getattr(distributed_trainer, name), distributed_trainer.DistributedTrainerError)
 
 

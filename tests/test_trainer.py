@@ -465,15 +465,16 @@ def test_close(world):
     """A rank that waits for one that closed its trainer gets an error; other trainers go on."""
     trainer, other = (create_distributed_trainer(linear()) for _ in range(2))
     last = world.rank == world.size - 1
+    others = world.comm.Split(last)
     if last:
-        trainer.close()
+        trainer.close()  # which waits for the others to close it, too
         trainer.close()
         with pytest.raises(ValueError, match="was closed"):
             trainer.train_step(*batch(), nn.CrossEntropyLoss(), sgd(trainer.model))
     else:
         with pytest.raises(DistributedTrainerError, match=f"rank {world.size - 1} has left the job, or closed its"):
             trainer.train_step(*batch(), nn.CrossEntropyLoss(), sgd(trainer.model))
-    world.comm.Barrier()  # or the first of them to close would be named to the others
+        others.Barrier()  # or the first of them to close would be named to the others
     trainer.close()
     for _ in range(2):
         other.train_step(*batch(), nn.CrossEntropyLoss(), sgd(other.model))

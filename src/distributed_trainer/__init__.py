@@ -4,9 +4,10 @@
 import os
 import sys
 
-from .errors import DistributedTrainerError, LaunchError, MismatchError, MPINotFoundError
+from .errors import CheckpointError, DistributedTrainerError, LaunchError, MismatchError, MPINotFoundError
 
 __all__ = [
+    "CheckpointError",
     "DistributedTrainer",
     "DistributedTrainerError",
     "LaunchError",

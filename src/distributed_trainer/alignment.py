@@ -47,10 +47,35 @@ def align_random_states(group: Any, alike: bool) -> None:
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch.from_numpy(torch_state))
     elif group.size() > 1:
-        seed = random.Random(repr((python_state, torch_state.tobytes()))).getrandbits(32) ^ group.rank()
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        random.setstate(python_state)
+        torch.set_rng_state(torch.from_numpy(torch_state))
+        spread_random_states(group.rank())
+
+
+def spread_random_states(rank: int) -> None:
+    """Gives this rank random states of its own, where all ranks have the same. Local."""
+    states = random.getstate(), torch.get_rng_state().numpy().tobytes()
+    seed = random.Random(repr(states)).getrandbits(32) ^ rank
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_states(device: torch.device) -> tuple[Any, ...]:
+    """The states of `random`, NumPy, torch and the device. Local."""
+    module = None if device.type == "cpu" else torch.get_device_module(device)
+    device_state = module.get_rng_state(device) if module else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), device_state
+
+
+def set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
+    """Goes back to what `random_states` has returned. Local."""
+    python_state, numpy_state, torch_state, device_state = states
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(torch_state)
+    if device_state is not None and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(device_state, device)
 
 
 def draw_seed() -> int:

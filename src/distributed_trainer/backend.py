@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -537,7 +538,15 @@ def gather_bytes(process_group: dist.ProcessGroup, message: bytes) -> list[bytes
 
 def gather_objects(process_group: dist.ProcessGroup, value: Any) -> list[Any]:
     """Gathers a picklable object from every rank of any process group, in rank order. Collective, blocks."""
-    data = pickle.dumps(value)
+    return [pickle.loads(row) for row in _gather_unequal(process_group, pickle.dumps(value))]
+
+
+def gather_json(process_group: dist.ProcessGroup, value: Any) -> list[Any]:
+    """The same of what JSON can say. Collective, blocks."""
+    return [json.loads(row) for row in _gather_unequal(process_group, json.dumps(value).encode())]
+
+
+def _gather_unequal(process_group: dist.ProcessGroup, data: bytes) -> list[bytes]:
     lengths = [int.from_bytes(row, "little") for row in gather_bytes(process_group, len(data).to_bytes(8, "little"))]
     rows = gather_bytes(process_group, data.ljust(max(lengths), b"\0"))
-    return [pickle.loads(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]

@@ -118,14 +118,14 @@ def create_distributed_trainer(
         ranks = dist.get_process_group_ranks(process_group)
         # The caller's group keeps its own way of sending.
         gradient_group = jobs.start(None, None).create_group(ranks, wire_dtype) if wire_dtype else process_group
-        groups = (gradient_group, dist.new_group(ranks, use_local_synchronization=True))
+        groups = (gradient_group, *(dist.new_group(ranks, use_local_synchronization=True) for _ in range(2)))
         return DistributedTrainer(model, groups, device, 0, options, owns_groups=False)
     job = jobs.start(num_gpus, comm)
     job.engine.set_limits(stall_report_seconds, stall_timeout_seconds)
     if job.rank == 0:
         mode = "every rank reads the whole batch" if split_batches else "every rank reads its own part"
         print(f"distributed_trainer: {job.summary}; {mode}", flush=True)
-    groups = (job.create_group(wire_dtype=wire_dtype), job.create_group())
+    groups = (job.create_group(wire_dtype=wire_dtype), job.create_group(), job.create_group())
     if shard_optimizer:
         check_model(model, groups[0], job.device)
     model.to(job.device)

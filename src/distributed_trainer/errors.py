@@ -19,3 +19,7 @@ class LaunchError(DistributedTrainerError):
 
 class MismatchError(DistributedTrainerError):
     """Ranks disagree on something that must be the same on all of them: model, batch or collective."""
+
+
+class CheckpointError(DistributedTrainerError):
+    """A checkpoint cannot be written, or what was written cannot be read. The same on every rank."""

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -46,6 +47,7 @@ class Job:
     summary: str
     """What was found, in one line."""
     _group_numbers: Iterator[int] = field(default_factory=itertools.count)
+    _groups: weakref.WeakSet[ProcessGroupShmpi] = field(default_factory=weakref.WeakSet)
 
     @property
     def rank(self) -> int:
@@ -97,8 +99,11 @@ class Job:
         if inner_device is not None:
             store = dist.PrefixStore(f"inner/{next(self._group_numbers)}/{ranks}", self.store)
             make_inner = functools.partial(_make_nccl, store, group.rank, group.size)
-            return ProcessGroupShmpiWithInner(group, self.module.ReduceOp, inner_device, make_inner, **options)
-        return ProcessGroupShmpi(group, self.module.ReduceOp, **options)
+            made = ProcessGroupShmpiWithInner(group, self.module.ReduceOp, inner_device, make_inner, **options)
+        else:
+            made = ProcessGroupShmpi(group, self.module.ReduceOp, **options)
+        self._groups.add(made)
+        return made
 
 
 _jobs: list[Job] = []  # the first initialised MPI, unless the script did
@@ -295,6 +300,14 @@ def _is_initialized() -> bool:
     flag = ctypes.c_int(0)
     ctypes.CDLL(None).MPI_Initialized(ctypes.byref(flag))
     return bool(flag.value)
+
+
+def leave_groups(kept: list[Any]) -> None:
+    """Takes part in no group any more, but in those that are kept. Local; others that wait for this rank are told."""
+    for job in _jobs:
+        for group in list(job._groups):
+            if not any(group is one for one in kept):
+                group.close()
 
 
 def _close_all(pid: int) -> None:

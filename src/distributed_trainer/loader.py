@@ -12,16 +12,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
+from .alignment import random_states
 from .data import slice_batch
 
 PartOf = Callable[[int], tuple[int, int]]  # of a number of samples: the first of this rank's, and the one after them
+
+_END = object()
 
 
 class PartLoader:
@@ -34,6 +39,7 @@ class PartLoader:
         epoch: Number of the next epoch, from 0, or of that in progress.
         num_read: Batches of it that were given out.
         resumes: The next iteration goes on where `load_state_dict` says.
+        origin: Where it was before it gave out what the trainer has not trained on yet.
     """
 
     def __init__(
@@ -42,6 +48,8 @@ class PartLoader:
         batch_size: int,
         split: Callable[[], PartOf],
         seed: int,
+        progress: Callable[[], Any] = lambda: None,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
         *,
         shuffle: bool = False,
         drop_last: bool = False,
@@ -58,9 +66,13 @@ class PartLoader:
         self.epoch = 0
         self.num_read = 0
         self.resumes = False
+        self.origin: Origin | None = None
+        self._progress, self._device = progress, device
         self._seed = seed
         self._split = split  # asked as each epoch begins, since batches are read ahead of their steps
         self._batch_size, self._drop_last = batch_size, drop_last
+        self._generator = torch.Generator()  # else each epoch would draw from torch's stream
+        options.setdefault("generator", self._generator)
         self._plan: _IndexedBatches | _IterableBatches
         if isinstance(dataset, IterableDataset):
             if shuffle:
@@ -93,13 +105,21 @@ class PartLoader:
         self.resumes = False
         self._plan.seed, self._plan.epoch, self._plan.first = self._seed, self.epoch, self.num_read
         self._plan.part_of = self._split()
-        for batch in self._loader:
+        self._generator.manual_seed(self._seed + self.epoch)
+        self.origin = None
+        batches = iter(self._loader)
+        while True:
+            self._note_origin()
+            batch = next(batches, _END)
+            if batch is _END:
+                break
             if isinstance(self._plan, _IterableBatches):
                 part, is_empty = batch
             else:
                 part, is_empty = batch, self._plan.is_empty(self.num_read)
             self.num_read += 1
             yield slice_batch(part, 0, 0) if is_empty else part
+        self.origin = None
         self.epoch, self.num_read = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
@@ -109,7 +129,26 @@ class PartLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Has the next iteration go on from there. Local; the dataset and the batch size are to be the same."""
         self.epoch, self.num_read, self._seed = state["epoch"], state["num_read"], state["seed"]
-        self.resumes = True
+        self.resumes, self.origin = True, None
+
+    def _note_origin(self) -> None:
+        progress = self._progress()
+        if self.origin is None or self.origin.progress != progress:
+            states = random_states(self._device)
+            self.origin = Origin(progress, self.epoch, self.num_read, states, time.monotonic_ns())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a loader was before it gave out a batch, so that a run that goes on from there gets it again."""
+
+    progress: Any
+    """Of the trainer, then."""
+    epoch: int
+    num_read: int
+    random_states: tuple[Any, ...]
+    noted_ns: int
+    """By time.monotonic_ns()."""
 
 
 class _IndexedBatches:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import operator
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +21,9 @@ from .errors import MismatchError
 from .options import TrainerOptions
 from .places import noted
 from .replica import Replica
+from .saving import Saving
 
-_HEADER = struct.Struct("<dd")  # what ranks tell each other before a backward: weight, loss
+_HEADER = struct.Struct("<ddB")  # what ranks tell each other before a backward: weight, loss, flags
 
 
 class OwnLoop:
@@ -32,6 +35,7 @@ class OwnLoop:
     _options: TrainerOptions
     _replica: Replica
     _advice: Advice
+    _saving: Saving
     _check_open: Callable[[], None]
     _check_optimizer: Callable[[Any], None]
     _holds_back = False
@@ -96,14 +100,16 @@ class OwnLoop:
                 "trainer.forward():` only. Call the model there, or make the trainer with sync_batchnorm=False."
             )
         is_sum, is_ghost = weight is None, weight == 0
-        header = _HEADER.pack(math.nan if is_sum else weight, loss.item())
+        header = _HEADER.pack(math.nan if is_sum else weight, loss.item(), self._saving.flags)
         with self._noted("agreement"):
-            headers = [_HEADER.unpack(row) for row in gather_bytes(self._group, header)]
+            *headers, flags = zip(*(_HEADER.unpack(row) for row in gather_bytes(self._group, header)), strict=True)
+            headers = list(zip(*headers, strict=True))
         if len({math.isnan(other) for other, _ in headers}) > 1:
             raise MismatchError("some ranks pass weight=None to backward, others a number. Pass the same kind on all.")
         total = 1.0 if is_sum else sum(other for other, _ in headers)
         if total == 0:
             raise ValueError("weight is 0 on every rank, so the mean is over nothing; skip this backward on all ranks")
+        self._saving.take_part(functools.reduce(operator.or_, flags))
         shares = [(1.0 if is_sum else other) / total for other, _ in headers]
         replica = self._replica
         if not self._is_accumulating:

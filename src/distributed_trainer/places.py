@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .errors import DistributedTrainerError
+from .errors import CheckpointError, DistributedTrainerError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -65,7 +65,8 @@ def noted(function: _Function) -> _Function:
 
 def _add_places(error: DistributedTrainerError) -> None:
     """Says in an error about several ranks where each of them was."""
-    if len(error.args) == 1 and _engines and _engines[0].size > 1:
+    is_of_ranks = not isinstance(error, CheckpointError)  # that is of files
+    if is_of_ranks and len(error.args) == 1 and _engines and _engines[0].size > 1:
         error.args = (f"{error.args[0]}. The ranks' last calls: {_engines[0].describe_places()}.",)
 
 

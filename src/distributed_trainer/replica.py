@@ -37,8 +37,10 @@ class Replica:
         options: The same on every rank.
 
     Attributes:
+        model: The user's.
         gradients: Sums them up: `start`, and `backward` around each backward.
         num_steps: Calls of `update` so far.
+        num_sums: Calls of `finish` so far.
         num_skipped_steps: Those that changed nothing.
         gradient_norm: That of the last clipping.
     """
@@ -47,8 +49,9 @@ class Replica:
         self, model: nn.Module, groups: tuple[Any, Any], device: torch.device, options: TrainerOptions
     ) -> None:
         gradient_group, self._group = groups
-        self._model, self._device, self._options = model, device, options
-        self.num_steps = self.num_skipped_steps = 0
+        self.model = model
+        self._device, self._options = device, options
+        self.num_steps = self.num_sums = self.num_skipped_steps = 0
         self.gradient_norm: Tensor | None = None
         self._nonfinite_name: str | None = None
         self._is_one_of_many = self._group.size() > 1
@@ -61,24 +64,29 @@ class Replica:
         self._sharded = None
         make_bucket = None
         if self._options.shard_optimizer and self._is_one_of_many:
-            self._sharded = ShardedOptimizer(self._model, gradient_group, self._group)
+            self._sharded = ShardedOptimizer(self.model, gradient_group, self._group)
             make_bucket = self._sharded.make_bucket
         self.gradients = GradientSum(
-            self._model.named_parameters(),
+            self.model.named_parameters(),
             gradient_group,
             self._options.compression,
             make_bucket,
             self._options.nonfinite_gradients,
         )
-        self._direct = DirectLinear(self._model, self.gradients) if self._is_one_of_many else None
+        self._direct = DirectLinear(self.model, self.gradients) if self._is_one_of_many else None
         sync_batchnorm = self._options.sync_batchnorm
-        self._batchnorm = GlobalBatchNorm(self._model, self._group) if sync_batchnorm and self._is_one_of_many else None
-        self._buffers = SharedBuffers(self._model, self._group, skip_batchnorm=sync_batchnorm)
+        self._batchnorm = GlobalBatchNorm(self.model, self._group) if sync_batchnorm and self._is_one_of_many else None
+        self._buffers = SharedBuffers(self.model, self._group, skip_batchnorm=sync_batchnorm)
 
     @property
     def has_global_batchnorm(self) -> bool:
         """Whether the model has BatchNorm modules that take the statistics of all ranks."""
         return bool(self._batchnorm)
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Changes wherever weights may: with `update`, and with `finish` in loops that step by themselves."""
+        return self.num_steps, self.num_sums
 
     @property
     def waited_seconds(self) -> float:
@@ -128,6 +136,7 @@ class Replica:
         Returns:
             The sum of each term over all pieces and ranks, in float64, and the structure of the loss.
         """
+        self.num_sums += 1
         own = [sum(terms) for terms in zip(*values, strict=True)]
         *sums, has_changed_buffers = self.gradients.finish([*own, self._buffers.have_changed()])
         if has_changed_buffers:
@@ -175,6 +184,10 @@ class Replica:
         self._drift.check(self.num_steps)
         return True
 
+    def optimizer_parts(self) -> contextlib.AbstractContextManager[None]:
+        """Within it `state_dict()` of any optimizer is local, and has a `Part` in the place of what is sharded."""
+        return contextlib.nullcontext() if self._sharded is None else self._sharded.parts()
+
     def check_optimizer(self, optimizer: torch.optim.Optimizer, is_known: bool) -> set[int]:
         """Raises ValueError for one that does not fit. Whose parameters it has is not looked at if `is_known`. Local.
 
@@ -187,7 +200,7 @@ class Replica:
             self._sharded.check_places()
         if is_known:
             return set()
-        own = {id(parameter) for parameter in self._model.parameters()}
+        own = {id(parameter) for parameter in self.model.parameters()}
         ids = self.parameter_ids(optimizer)
         if not ids <= own:
             raise ValueError(
@@ -237,9 +250,9 @@ class ReproducibleReplica(Replica):
             )
         check_computers(self._group, os.environ)
         check_finite = self._options.nonfinite_gradients != "ignore"
-        self.gradients = ShardSum(self._model.named_parameters(), gradient_group, num_shards, check_finite)
+        self.gradients = ShardSum(self.model.named_parameters(), gradient_group, num_shards, check_finite)
         shards = own_shards(num_shards, self._group.rank(), self._group.size())
-        self._shard_buffers = ShardBuffers(self._model)
+        self._shard_buffers = ShardBuffers(self.model)
         self._streams = ShardStreams(shards, self._device)
         self._sharded = self._direct = self._batchnorm = None
 
@@ -262,6 +275,7 @@ class ReproducibleReplica(Replica):
 
     def finish(self, values: list[list[float]], loss: Any, source: int) -> tuple[list[float], Any]:
         """As `Replica.finish`; the terms of the loss are added in the order of the shards. Collective, blocks."""
+        self.num_sums += 1
         self.gradients.finish()
         self._shard_buffers.finish(self._group)
         self._note_nonfinite()

@@ -18,9 +18,10 @@ a node have one copy of the weights, in shared memory. One step:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from .buckets import LINE_BYTES, Bucket, view_like
 from .errors import MismatchError
+from .tensor_files import Part
 
 # They update an element from its own gradient and state alone, so a part of a parameter can be updated by itself.
 _ELEMENT_WISE = (
@@ -135,6 +137,7 @@ class ShardedOptimizer:
         self._group = group
         self._attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._is_stepping = False
+        self._gives_parts = False
         self._is_closed = False
         named = list(model.named_parameters())
         lengths = [parameter.numel() * parameter.element_size() for _, parameter in named]
@@ -207,6 +210,15 @@ class ShardedOptimizer:
         nn.utils.clip_grads_with_norm_(shards, max_norm, norm)
         return norm
 
+    @contextlib.contextmanager
+    def parts(self) -> Iterator[None]:
+        """Within it an optimizer's `state_dict()` is local, with a `Part` for each tensor that ranks have a part of."""
+        self._gives_parts = True
+        try:
+            yield
+        finally:
+            self._gives_parts = False
+
     def close(self) -> None:
         """Gives the parameters memory of their own. Local; the optimizers are of no use afterwards."""
         self._is_closed = True
@@ -245,7 +257,9 @@ class ShardedOptimizer:
             )
 
     def _gather_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Hook of `optimizer.state_dict()`: the state of whole parameters. Collective, blocks."""
+        """Hook of `optimizer.state_dict()`: the state of whole parameters. Collective, blocks; but see `parts`."""
+        if self._gives_parts:
+            return {**state_dict, "state": self._with_parts(optimizer, state_dict["state"])}
         if self._is_closed:
             raise ValueError(
                 "the trainer was closed, so the other ranks' parts of the optimizer's state cannot be had any more. "
@@ -265,6 +279,16 @@ class ShardedOptimizer:
                 f"rank, at the same place of the program ({error})"
             ) from error
         return {**state_dict, "state": state}
+
+    def _with_parts(self, optimizer: torch.optim.Optimizer, state: dict[int, Any]) -> dict[int, Any]:
+        state = dict(state)
+        for index, shard in enumerate(self._shards_of(optimizer)):
+            if shard is not None and index in state:
+                state[index] = {
+                    key: Part(value, shard.bounds[0], shard.parameter) if _is_per_element(key, value) else value
+                    for key, value in state[index].items()
+                }
+        return state
 
     def _gather(self, shard: _Shard, own: Tensor) -> Tensor:
         parameter, size = shard.parameter, self._group.size()

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import os
 import random
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -20,29 +18,27 @@ from torch.utils.data import Dataset
 from .advice import Advice
 from .agreement import Agreement
 from .backend import gather_objects
-from .criterion import Weighted, local_loss, loss_terms
-from .data import (
-    batch_size,
-    call_model,
-    map_tensors,
-    slice_batch,
-    to_device,
-)
+from .computation import StepComputation
+from .criterion import Weighted
+from .data import batch_size, map_tensors, slice_batch
 from .evaluate import Evaluation, evaluate
 from .loader import PartLoader
-from .memory import FittingPieces, PiecesTooLarge
+from .memory import FittingPieces
 from .options import TrainerOptions
 from .own_loop import OwnLoop
 from .places import noted
+from .positions import Positions
 from .profile import profile
 from .replica import Replica, ReproducibleReplica
 from .reporting import Reporter, check_writer
 from .reproducible import shard_part
-from .share import Piece, stand_in
-from .timing import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, OPTIMIZER, StepClock, Summary, summarise
+from .save_and_load import SaveAndLoad
+from .saving import Saving
+from .timing import OPTIMIZER, StepClock, Summary, summarise
+from .training_state import TrainingState
 
 
-class DistributedTrainer(OwnLoop):
+class DistributedTrainer(OwnLoop, SaveAndLoad):
     """Trains a model with all ranks of a job. Made by `create_distributed_trainer`; a context manager.
 
     Attributes:
@@ -56,15 +52,16 @@ class DistributedTrainer(OwnLoop):
     def __init__(
         self,
         model: nn.Module,
-        groups: tuple[Any, Any],
+        groups: tuple[Any, Any, Any],
         device: torch.device,
         local_rank: int,
         options: TrainerOptions,
         owns_groups: bool = True,
         counters: Callable[[], dict[str, int]] = dict,
     ) -> None:
-        _, self._group = groups
-        self._own_groups = groups if owns_groups else ()  # which end with the trainer
+        *step_groups, meeting_group = groups
+        self._group = step_groups[1]
+        self._own_groups = step_groups if owns_groups else ()  # which end with the trainer
         self.model = model
         self.rank: int = self._group.rank()
         self.world_size: int = self._group.size()
@@ -73,14 +70,18 @@ class DistributedTrainer(OwnLoop):
         self._options = options
         self._counters = counters
         self._is_closed = False
-        self._agreement = Agreement(self._group, options)
-        self._loaders: weakref.WeakSet[PartLoader] = weakref.WeakSet()
+        self._positions = Positions()
         self._advice = Advice()
         self._clock = StepClock()
         self._reporter = Reporter(self._group)
         self._fitting = FittingPieces(model, self._group, device)
         kind = Replica if options.reproducible is None else ReproducibleReplica
-        self._replica = kind(model, groups, device, options)
+        self._replica = kind(model, (step_groups[0], self._group), device, options)
+        self._state = TrainingState(model, self._replica, self._positions, device, options.split_batches)
+        self._saving = Saving(self._state, self._group, meeting_group, meets_at_exit=owns_groups)
+        self._agreement = Agreement(self._group, options, lambda: self._saving.flags)
+        of_step = self._agreement, self._replica, self._fitting, self._clock, self._saving
+        self._computation = StepComputation(*of_step, options, device)
 
     @property
     def num_skipped_steps(self) -> int:
@@ -157,7 +158,7 @@ class DistributedTrainer(OwnLoop):
         num_samples = batch_size({"inputs": inputs, "targets": targets})
         own_samples = num_samples / self.world_size if self._agreement.takes_whole_batches else num_samples
         clock.start(own_samples)
-        attempt = functools.partial(self._compute, inputs, targets, criterion, num_samples)
+        attempt = functools.partial(self._computation.run, inputs, targets, criterion, num_samples)
         totals, loss = self._fitting.run(attempt) if microbatches == "auto" else attempt(microbatches)
         self._replica.update(optimizer, clip_norm)
         clock.mark(OPTIMIZER)
@@ -228,25 +229,28 @@ class DistributedTrainer(OwnLoop):
             ValueError: The trainer has trained on whole batches.
         """
         self._check_open()
-        if self._agreement.takes_whole_batches and self._replica.num_steps:
+        if self._agreement.takes_whole_batches and self._replica.num_steps != self._positions.begun_at[0]:
             raise ValueError(
                 "this trainer has trained on whole batches, which every rank passes alike. Make the loader before the "
                 "first step, or pass whole batches only."
             )
-        seed = gather_objects(self._group, random.getrandbits(48))[0]
+        # A run that goes on has drawn it already.
+        draws = not self._positions.is_restored_next
+        seed = gather_objects(self._group, random.getrandbits(48))[0] if draws else 0
         balance, num_shards = self._agreement.balance, self._options.reproducible
         shards = functools.partial(shard_part, num_shards=num_shards, rank=self.rank, world_size=self.world_size)
         split = (lambda: balance.split) if num_shards is None else (lambda: shards)
-        loader = PartLoader(dataset, batch_size, split, seed, shuffle=shuffle, drop_last=drop_last, **options)
+        place = seed, lambda: self._replica.progress, self.device
+        loader = PartLoader(dataset, batch_size, split, *place, shuffle=shuffle, drop_last=drop_last, **options)
         self._agreement.takes_whole_batches = False
-        self._loaders.add(loader)
+        self._positions.add(loader)
         return loader
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """Gives the numbers of epochs, 0 to num_epochs - 1. Local.
 
-        A loop whose `trainer.loader` was given the state of an earlier run (`load_state_dict`) begins with the epoch in
-        which that run was, of which the loader then gives the rest.
+        After `load` or `resume` it begins with the epoch in which that run was, of which `trainer.loader` then gives
+        the rest; likewise if `trainer.loader` alone was given its state of an earlier run (`load_state_dict`).
 
             for epoch in trainer.epochs(10):
                 for inputs, targets in loader:
@@ -254,7 +258,7 @@ class DistributedTrainer(OwnLoop):
         """
         if not isinstance(num_epochs, int) or isinstance(num_epochs, bool) or num_epochs < 0:
             raise ValueError(f"num_epochs must be an int of at least 0, not {num_epochs!r}")
-        yield from range(max((loader.epoch for loader in self._loaders if loader.resumes), default=0), num_epochs)
+        return self._positions.epochs(num_epochs)
 
     @noted
     def evaluate(
@@ -361,14 +365,27 @@ class DistributedTrainer(OwnLoop):
 
     @noted
     def close(self) -> None:
-        """Lets go of the model: its gradients are no longer summed. Local; MPI goes on until the process ends.
+        """Lets go of the model: its gradients are no longer summed. Collective, blocks; MPI goes on.
 
-        Ranks of this machine that still wait for this one get an error.
+        It waits until every rank has called it, or ends, and then makes the save that any has asked for last. So ranks
+        close their trainers in one order. Ranks of this machine that wait for this one in a step get an error.
+
+        Raises:
+            CheckpointError: A checkpoint was not made. The same on every rank.
         """
+        self._close(meets=True)
+
+    def _close(self, meets: bool) -> None:
         self._is_closed = True
-        self._replica.close()
         for group in self._own_groups:
             group.close()
+        try:
+            if meets:
+                self._saving.meet()
+            else:
+                self._saving.leave()
+        finally:
+            self._replica.close()
 
     def __enter__(self) -> DistributedTrainer:
         return self
@@ -376,7 +393,7 @@ class DistributedTrainer(OwnLoop):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._close(meets=kind is None or issubclass(kind, SystemExit))
 
     def __repr__(self) -> str:
         return (
@@ -389,72 +406,6 @@ class DistributedTrainer(OwnLoop):
         for batch in loader:
             self._agreement.check_same({"batch": batch})
             yield self.split(batch)
-
-    def _compute(
-        self, inputs: Any, targets: Any, criterion: Callable[..., Any], num_samples: int, microbatches: int
-    ) -> tuple[list[float], Any]:
-        """Sums of the loss's terms over all ranks, and its structure; the gradients are summed. Collective, blocks."""
-        share = self._agreement.share(inputs, targets, criterion, num_samples, microbatches)
-        self._clock.mark(AGREEMENT)
-        self._replica.start()
-        began = self._clock.computed() - self._replica.waited_seconds
-        loss, values = None, []
-        with self._replica.around_step():
-            for number, piece in enumerate(share.pieces):
-                loss, terms = self._run(piece, share.total, is_last=number == len(share.pieces) - 1)
-                values.append(terms)
-        if self._fitting.ranks_lack_memory():
-            self._replica.abandon()
-            raise PiecesTooLarge(share.longest)
-        values = [[float(value) for value in terms] for terms in values]
-        result = self._replica.finish(values, loss, share.source)
-        self._clock.mark(EXCHANGE)
-        seconds = self._clock.computed() - self._replica.waited_seconds - began
-        self._agreement.balance.note(seconds, share.num_samples)
-        return result
-
-    def _run(self, piece: Piece, total: float, is_last: bool) -> tuple[Any, list[Any]]:
-        """Forward and backward of a piece: its loss and the terms of it.
-
-        Once memory has run out, what matters is that the calls are made for which other ranks wait: with BatchNorm a
-        stand-in makes them; what a piece has left of its buckets `abandon` sends.
-        """
-        if self._fitting.shortage is None:
-            try:
-                return self._run_in(self._replica.around_piece(piece.is_ghost), piece, total, is_last)
-            except Exception as error:
-                if not self._fitting.catches(error):
-                    raise
-            context, is_last = self._replica.around_completion(), False
-        else:
-            context = self._replica.around_piece()
-        if not self._replica.has_global_batchnorm:
-            return None, []
-        return self._run_in(context, stand_in(piece), total, is_last)
-
-    def _run_in(
-        self, context: contextlib.AbstractContextManager[None], piece: Piece, total: float, is_last: bool
-    ) -> tuple[Any, list[Any]]:
-        """Forward and backward of a piece, or a stand-in."""
-        with context:
-            loss, terms = self._forward(piece, total)
-            self._clock.mark(FORWARD)
-            with self._replica.gradients.backward(leave_out=piece.is_ghost, is_last=is_last):
-                functools.reduce(operator.add, terms).backward()
-            if self._options.balance is not None and self.device.type != "cpu":
-                torch.accelerator.synchronize()  # else the time would be that of the host
-            self._clock.mark(BACKWARD)
-        return loss, [0.0 if piece.is_ghost else term.detach() for term in terms]
-
-    def _forward(self, piece: Piece, total: float) -> tuple[Any, list[Tensor]]:
-        """The loss of a piece as the criterion returns it, scaled to what it adds to the global one, and its terms."""
-        outputs = call_model(self.model, to_device(piece.inputs, self.device))
-        targets = to_device(piece.targets, self.device)
-        if piece.is_ghost:
-            loss = piece.criterion(outputs, targets)
-        else:
-            loss = local_loss(piece.criterion, outputs, targets, piece.weight, total)
-        return loss, loss_terms(piece.criterion, loss)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -490,4 +441,5 @@ class DistributedTrainer(OwnLoop):
         is_known = self._advice.knows(optimizer)
         ids = self._replica.check_optimizer(optimizer, is_known)
         if not is_known:
+            self._state.note_optimizer(optimizer)
             self._advice.about_optimizer(optimizer, ids, is_loud=self.rank == 0)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a trainer is: its steps, and where its loaders are in the data. Nothing here communicates."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from .loader import PartLoader
+
+
+class Positions:
+    """The loaders of a trainer, in the order in which they were made, and the loop over its epochs.
+
+    Attributes:
+        begun_at: Progress of the trainer when it was made, or has loaded a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.begun_at = (0, 0)
+        self._loaders: list[weakref.ref[PartLoader]] = []
+        self._epoch: int | None = None  # of `epochs`
+        self._first_epoch: int | None = None  # for the next call of it
+        self._restored: list[dict[str, int] | None] = []  # of loaders that are not made yet
+
+    def add(self, loader: PartLoader) -> None:
+        """A loader that was made. It goes on where one of the same number was, if `restore` has said so."""
+        number = len(self._loaders)
+        self._loaders.append(weakref.ref(loader))
+        if number < len(self._restored) and (state := self._restored[number]) is not None:
+            loader.load_state_dict(state)
+
+    @property
+    def is_restored_next(self) -> bool:
+        """Whether the next loader that is made will go on where an earlier run was."""
+        return len(self._loaders) < len(self._restored)
+
+    def epochs(self, num_epochs: int) -> Iterator[int]:
+        """The numbers of the epochs that are left."""
+        first, self._first_epoch = self._first_epoch, None
+        if first is None:
+            loaders = [loader for ref in self._loaders if (loader := ref()) is not None]
+            first = max((loader.epoch for loader in loaders if loader.resumes), default=0)
+        for epoch in range(first, num_epochs):
+            self._epoch = epoch
+            yield epoch
+        self._epoch = max(first, num_epochs)
+
+    def state(self, progress: Any) -> tuple[dict[str, Any], tuple[Any, ...] | None]:
+        """Where loaders and epochs are, before batches that were given out since the last step.
+
+        Args:
+            progress: Of the trainer now.
+
+        Returns:
+            That, for `restore`; and the random states before the first of these batches was read, if there is one.
+        """
+        states: list[dict[str, int] | None] = []
+        first = None
+        for ref in self._loaders:
+            loader = ref()
+            states.append(None if loader is None else loader.state_dict())
+            origin = None if loader is None else loader.origin
+            if origin is not None and origin.progress == progress:
+                states[-1] |= {"epoch": origin.epoch, "num_read": origin.num_read}
+                first = origin if first is None or origin.noted_ns < first.noted_ns else first
+        return {"loaders": states, "epoch": self._epoch}, first and first.random_states
+
+    def restore(self, state: dict[str, Any], progress: tuple[int, int]) -> None:
+        """Has loaders and `epochs` go on from there; loaders may be made before or after."""
+        self.begun_at = progress
+        self._restored = state["loaders"]
+        self._epoch = self._first_epoch = state["epoch"]
+        for ref, of_loader in zip(self._loaders, self._restored, strict=False):
+            loader = ref()
+            if loader is not None and of_loader is not None:
+                loader.load_state_dict(of_loader)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of a checkpoint in files, in the form of torch.distributed.checkpoint's HuggingFaceStorageWriter.
+
+That is safetensors (8 bytes with the length of a JSON header, the header, the tensors) whose header says of each tensor
+where in the whole one it begins. HuggingFaceStorageReader reads it, and `safetensors.torch.load_file` what was not cut.
+The files are written here, not by that writer: a file is laid out in memory as it will be on disk, so that a step waits
+for one copy only, and its checksum is taken as it is written.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SUFFIX = ".safetensors"
+_DTYPES = {
+    **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16},
+    **{"I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64, "F16": torch.float16},
+    **{"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_BLOCK_BYTES = 1 << 24  # of a read or a write
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A rank's part of a tensor: a run of its elements, in the order in which they lie in memory."""
+
+    own: Tensor
+    """1-dimensional."""
+    start: int
+    """Where it begins."""
+    like: Tensor
+    """Has the shape of the whole tensor, and its order of elements."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A block of a tensor: what a file holds of it, or all."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    offsets: tuple[int, ...]
+    tensor: Tensor
+
+
+def pieces_of(name: str, value: Tensor | Part) -> list[Piece]:
+    """Cuts a part into blocks, since that is what a file can hold; a tensor is one. Local."""
+    if isinstance(value, Tensor):
+        return [Piece(name, tuple(value.shape), (0,) * value.dim(), value.detach())]
+    shape, strides = value.like.shape, value.like.stride()
+    if not value.like.numel():
+        return [Piece(name, tuple(shape), (0,) * len(shape), value.own.detach().view(shape))]
+    order = sorted(range(len(shape)), key=lambda dim: -strides[dim])  # slowest first
+    places = [order.index(dim) for dim in range(len(shape))]
+    pieces, position = [], 0
+    for offsets, sizes in _blocks([shape[dim] for dim in order], value.start, value.start + value.own.numel()):
+        length = math.prod(sizes)
+        block = value.own[position : position + length].detach().view(sizes).permute(places)
+        pieces.append(Piece(name, tuple(shape), tuple(offsets[place] for place in places), block))
+        position += length
+    return pieces
+
+
+def _blocks(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Offsets and sizes of blocks that are the elements `start` to `stop` of a tensor, row by row, in this order."""
+    if start == stop:
+        return
+    if len(shape) <= 1:
+        yield [start] * len(shape), [stop - start] * len(shape)
+        return
+    row = math.prod(shape[1:])
+    while start < stop:
+        first, within = divmod(start, row)
+        num_rows = (stop - start) // row if within == 0 else 0
+        if num_rows:
+            yield [first, *(0 for _ in shape[1:])], [num_rows, *shape[1:]]
+            start += num_rows * row
+        else:
+            end = min(stop, (first + 1) * row)
+            for offsets, sizes in _blocks(shape[1:], within, within + end - start):
+                yield [first, *offsets], [1, *sizes]
+            start = end
+
+
+def divide(num_bytes: dict[str, int], num_ranks: int) -> dict[str, int]:
+    """Which rank writes which tensor, so that all write about as much: the largest first, to whoever has least."""
+    loads = [(0, rank) for rank in range(num_ranks)]
+    owners = {}
+    for name, length in sorted(num_bytes.items(), key=lambda item: (-item[1], item[0])):
+        load, rank = heapq.heappop(loads)
+        owners[name] = rank
+        heapq.heappush(loads, (load + length, rank))
+    return owners
+
+
+def copy_to_files(pieces: Iterable[Piece], prefix: str) -> dict[str, Tensor]:
+    """Copies pieces into memory, as the files will hold them. Local.
+
+    Returns:
+        The contents of each file, by its name. There are several if a tensor has several pieces, since a file has each
+        name once.
+    """
+    files: list[dict[str, Piece]] = []
+    for piece in pieces:
+        file = next((file for file in files if piece.name not in file), None)
+        if file is None:
+            files.append(file := {})
+        file[piece.name] = piece
+    return {f"{prefix}-{number}{SUFFIX}": _contents(file) for number, file in enumerate(files, 1)}
+
+
+def _contents(file: dict[str, Piece]) -> Tensor:
+    # The largest elements first: all are aligned then, without gaps, which the form does not allow.
+    pieces = sorted(file.values(), key=lambda piece: -piece.tensor.element_size())
+    offsets = {piece.name: {"saved_offsets": piece.offsets} for piece in pieces}
+    header: dict[str, Any] = {
+        "__metadata__": {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+    }
+    end = 0
+    for piece in pieces:
+        begin, end = end, end + piece.tensor.numel() * piece.tensor.element_size()
+        dtype, shape = DTYPE_NAMES[piece.tensor.dtype], list(piece.tensor.shape)
+        header[piece.name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    contents = torch.empty(8 + len(text) + end, dtype=torch.uint8)
+    contents[: 8 + len(text)] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
+    position = 8 + len(text)
+    for piece in pieces:
+        length = piece.tensor.numel() * piece.tensor.element_size()
+        target = contents[position : position + length].view(piece.tensor.dtype).view(piece.tensor.shape)
+        target.copy_(piece.tensor)
+        position += length
+    return contents
+
+
+def write_file(path: Path, contents: Tensor | bytes) -> dict[str, Any]:
+    """Writes a new file and waits until it is on the disk. Local.
+
+    Returns:
+        Its length and its checksum.
+    """
+    view = memoryview(contents.numpy() if isinstance(contents, Tensor) else contents)
+    checksum = 0
+    with open(path, "xb", buffering=0) as file:
+        for start in range(0, len(view), _BLOCK_BYTES):
+            block = view[start : start + _BLOCK_BYTES]
+            checksum = zlib.crc32(block, checksum)
+            while len(block):
+                block = block[file.write(block) :]
+        os.fsync(file.fileno())
+    return {"bytes": len(view), "crc32": checksum}
+
+
+def sync_folder(path: Path) -> None:
+    """Waits until the names in a folder are on the disk. Local."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Length and checksum of a file, as `write_file` returns them. Local."""
+    checksum = num_bytes = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK_BYTES):
+            checksum = zlib.crc32(block, checksum)
+            num_bytes += len(block)
+    return {"bytes": num_bytes, "crc32": checksum}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a piece of a tensor lies on disk."""
+
+    path: Path
+    position: int
+    dtype: torch.dtype
+    offsets: list[int]
+    sizes: list[int]
+
+
+def read_places(path: Path) -> dict[str, Place]:
+    """The pieces in a file that is as it was written, by name. Local."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    offsets = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
+    return {
+        name: Place(
+            path,
+            8 + length + about["data_offsets"][0],
+            _DTYPES[about["dtype"]],
+            offsets[name]["saved_offsets"],
+            about["shape"],
+        )
+        for name, about in header.items()
+    }
+
+
+def read_tensor(places: Sequence[Place]) -> Tensor:
+    """Reads a tensor of which these are all pieces. Local."""
+    if len(places) == 1:
+        return _read_piece(places[0])
+    ends = ([a + b for a, b in zip(place.offsets, place.sizes, strict=True)] for place in places)
+    whole = torch.empty([max(of_dim) for of_dim in zip(*ends, strict=True)], dtype=places[0].dtype)
+    for place in places:
+        block = whole
+        for dim, (offset, size) in enumerate(zip(place.offsets, place.sizes, strict=True)):
+            block = block.narrow(dim, offset, size)
+        block.copy_(_read_piece(place))
+    return whole
+
+
+def _read_piece(place: Place) -> Tensor:
+    tensor = torch.empty(place.sizes, dtype=place.dtype)
+    if tensor.numel():
+        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        with open(place.path, "rb", buffering=0) as file:
+            file.seek(place.position)
+            while len(view):
+                num_read = file.readinto(view)
+                if not num_read:
+                    raise EOFError(f"{place.path} has become shorter")
+                view = view[num_read:]
+    return tensor

@@ -1,0 +1,535 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: a run that goes on from one is the run that was never interrupted."""
+
+import json
+import os
+import pickle
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from ranks import on_ranks
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from distributed_trainer import CheckpointError, MismatchError, checkpoint, create_distributed_trainer
+
+some = on_ranks(1, 2, 3)
+two = on_ranks(2)
+ADAM = torch.optim.Adam
+
+
+def wait_until(condition):
+    import time
+
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+class Net(nn.Module):
+    """With what draws, what is shared, buffers, and a weight that is not contiguous."""
+
+    def __init__(self, width=5):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, bias=False).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm2d(3)
+        self.drop = nn.Dropout(0.3)
+        self.linear = nn.Linear(12, width)
+        self.last = nn.Linear(width, 3)
+        self.register_buffer("num_calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        if self.training:
+            self.num_calls += 1
+        return self.last(torch.tanh(self.linear(self.drop(self.norm(self.conv(x))).flatten(1))))
+
+
+class Run:
+    """A training of 3 epochs of 4 batches, which can stop and go on."""
+
+    def __init__(self, make_optimizer=ADAM, width=5, **options):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        self.model = Net(width)
+        self.trainer = create_distributed_trainer(self.model, **options)
+        self.optimizer = make_optimizer(self.model.parameters(), lr=0.02)
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [1, 2], gamma=0.5)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(26, 2, 4, 4, generator=generator)
+        y = torch.arange(26) % 3
+        self.loader = self.trainer.loader(TensorDataset(x, y), 7, shuffle=True)
+        self.other_loader = self.trainer.loader(TensorDataset(x[:5], y[:5]), 2)
+        self.objects = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.losses = []
+
+    def train(self, before=lambda step: None, after=lambda step: None, num_steps=100):
+        """Calls `before` each step, with a batch in hand, and `after` it."""
+        for _ in self.trainer.epochs(3):
+            for inputs, targets in self.loader:
+                if len(self.losses) == num_steps:
+                    return
+                before(len(self.losses))
+                inputs = inputs + 0.1 * torch.rand(()) + 0.1 * random.random() + 0.1 * np.random.rand()
+                self.losses.append(self.trainer.train_step(inputs, targets, nn.CrossEntropyLoss(), self.optimizer))
+                after(len(self.losses))
+            for _ in range(2):  # its number of epochs is not that of the training
+                self.trainer.evaluate(self.other_loader, nn.CrossEntropyLoss())
+            self.scheduler.step()
+
+    def end(self):
+        """What the run leads to, random numbers included."""
+        state = [
+            *(tensor.clone() for tensor in self.model.state_dict().values()),
+            *(v.clone() for s in self.optimizer.state_dict()["state"].values() for v in s.values()),
+            torch.tensor(self.optimizer.param_groups[0]["lr"]),
+        ]
+        self.trainer.close()
+        return [*state, torch.rand(3), torch.tensor(random.random()), torch.tensor(np.random.rand())]
+
+
+def assert_same(actual, expected):
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other), (one, other)
+
+
+def uninterrupted(**options):
+    run = Run(**options)
+    run.train()
+    return run.losses, run.end()
+
+
+def on_the_rest(folder, **options):
+    """What a new run makes of a checkpoint."""
+    run = Run(**options)
+    step = run.trainer.load(folder, **run.objects)
+    run.train()
+    return step, run.losses, run.end()
+
+
+# Each kind with where it is interrupted: before the first step, inside of an epoch, between two, at the end.
+CASES = [
+    *[({}, when) for when in (0, 3, 4, 12)],
+    *[({"shard_optimizer": True}, when) for when in (3, 12)],
+    ({"reproducible": 3}, 5),
+]
+
+
+@pytest.mark.parametrize(("options", "when"), CASES, ids=str)
+@some
+def test_same_bits(world, shared_folder, options, when):
+    """Asked for by one rank after some step; the others learn of it, and the end is the same."""
+    losses, expected = uninterrupted(**options)
+    assert len(losses) == 12
+    run = Run(**options)
+
+    def ask(step):
+        if step == when and world.rank == world.size - 1:
+            run.trainer.save(shared_folder, **run.objects)
+
+    ask(0)
+    run.train(after=ask)
+    assert_same(run.end(), expected)
+    assert [path.name for path in shared_folder.iterdir()] == [f"step-{when:08}"]
+    step, later_losses, state = on_the_rest(shared_folder, **options)
+    assert step == when
+    assert_same(later_losses, losses[when:])
+    assert_same(state, expected)
+
+
+def saved_after(folder, num_steps, **options):
+    """A run that saves after some steps, and ends there."""
+    run = Run(**options)
+    run.train(num_steps=num_steps)
+    run.trainer.save(folder, **run.objects)
+    run.trainer.close()
+    return run
+
+
+@on_ranks(3)
+def test_other_number_of_ranks(world, shared_folder):
+    """Saved on 3 ranks; 2 of them, and the third alone, go on: to the same bits in reproducible mode."""
+    for kind, options in {"reproducible": {"reproducible": 3}, "sharded": {"shard_optimizer": True}}.items():
+        losses, expected = uninterrupted(**options)
+        saved_after(shared_folder / kind, 6, **options)
+        comm = world.comm.Split(world.rank == 2)
+        _, later_losses, state = on_the_rest(shared_folder / kind, comm=comm, **options)
+        if kind == "reproducible":
+            assert_same(later_losses, losses[6:])
+            assert_same(state, expected)
+        else:  # dropout and the order of sums are others, so only what was loaded is the same
+            run = Run(comm=comm, **options)
+            run.trainer.load(shared_folder / kind, **run.objects)
+            own, of_three = Run(**options), run.optimizer.state_dict()
+            own.trainer.load(shared_folder / kind, **own.objects)
+            assert_same(list(run.model.state_dict().values()), list(own.model.state_dict().values()))
+            for one, other in zip(
+                of_three["state"].values(), own.optimizer.state_dict()["state"].values(), strict=True
+            ):
+                assert_same(list(one.values()), list(other.values()))
+            run.trainer.close()
+            own.trainer.close()
+
+
+@two
+def test_own_loop(world, shared_folder):
+    """Learned of in `backward`; the optimizer makes its steps without the trainer, and other objects are saved."""
+
+    def train(folder=None, save_after=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2))
+        trainer = create_distributed_trainer(model)
+        optimizer = ADAM(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
+        generator = torch.Generator().manual_seed(0)
+        data = TensorDataset(torch.randn(22, 3, generator=generator), torch.arange(22) % 2)
+        loader = trainer.loader(data, 4, shuffle=True)
+        objects = {"optimizer": optimizer, "scaler": scaler}
+        num_steps = trainer.load(folder, **objects) if folder else 0
+        for _ in trainer.epochs(2):
+            for inputs, targets in loader:
+                with trainer.forward():
+                    loss = nn.functional.cross_entropy(model(inputs), targets, reduction="sum")
+                optimizer.zero_grad()
+                trainer.backward(scaler.scale(loss), weight=None)
+                scaler.step(optimizer)
+                scaler.update()
+                num_steps += 1
+                if num_steps == save_after and world.rank == world.size - 1:
+                    trainer.save(shared_folder, **objects)
+        trainer.close()
+        return [*model.state_dict().values(), torch.tensor(scaler.get_scale()), torch.rand(2)]
+
+    expected = train(save_after=7)
+    assert [path.name for path in shared_folder.iterdir()] == ["step-00000007"]
+    assert_same(train(shared_folder), expected)
+
+
+@two
+def test_which_are_kept(world, shared_folder):
+    """The newest k, whatever their steps; what trainer.save did not write stays."""
+    (shared_folder / "step-00000000-mine").mkdir(exist_ok=True)
+    (shared_folder / ".step-00000002.0a.part").mkdir(exist_ok=True)  # of a run that was killed
+    run = Run()
+    run.train(after=lambda step: run.trainer.save(shared_folder, keep=2, **run.objects), num_steps=3)
+    run.trainer.close()
+    run = Run()
+    assert run.trainer.load(shared_folder / "step-00000002", **run.objects) == 2
+    run.trainer.save(shared_folder, keep=2, **run.objects)  # the same step once more
+    run.trainer.close()
+    names = {"step-00000000-mine", "step-00000003", "step-00000002-2"}
+    assert {path.name for path in shared_folder.iterdir()} == names
+    run = Run()
+    assert run.trainer.resume(shared_folder, **run.objects) == 2
+    run.trainer.close()
+
+
+def error_of(world, call, kind):
+    """The text of the error, which is the same on every rank."""
+    with pytest.raises(kind) as caught:
+        call()
+    (text,) = set(world.gather(str(caught.value).partition(" The ranks' last calls")[0]))
+    return text
+
+
+@two
+def test_refused_when_loaded(world, shared_folder):
+    saved_after(shared_folder, 2)
+    run = Run()
+    before = [tensor.clone() for tensor in run.model.state_dict().values()]
+    load, objects = run.trainer.load, run.objects
+    text = error_of(world, lambda: load(shared_folder, optimizer=run.optimizer), ValueError)
+    assert re.search(r"holds the model and optimizer, scheduler, but the model and optimizer are to be loaded", text)
+    sgd = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    text = error_of(world, lambda: load(shared_folder, **{**objects, "optimizer": sgd}), ValueError)
+    assert re.search("optimizer is a Adam in .*, but a SGD is to be loaded", text)
+    assert_same(list(run.model.state_dict().values()), before)
+    run.trainer.close()
+    run = Run(width=6)
+    text = error_of(world, lambda: run.trainer.load(shared_folder, **run.objects), ValueError)
+    assert "of another model: it has linear.weight F32 [5, 12], this model has linear.weight F32 [6, 12]." in text
+    with pytest.raises(TypeError, match="optimizer must have state_dict and load_state_dict"):
+        run.trainer.save(shared_folder, optimizer=3)
+    with pytest.raises(ValueError, match="keep must be an int of at least 1"):
+        run.trainer.save(shared_folder, keep=0)
+    run.trainer.close()
+
+
+@two
+def test_damaged(world, shared_folder):
+    """Each file cut, changed or missing: named, the same on every rank; `resume` takes the one before."""
+    saved_after(shared_folder, 2)
+    (path,) = shared_folder.glob("step-*")
+    files = sorted(path.iterdir())
+    of_ranks = [f"rank-{rank:05}{suffix}" for rank in range(world.size) for suffix in ("-1.safetensors", ".json")]
+    assert [file.name for file in files] == ["checkpoint.json", *of_ranks]
+    saved_after(shared_folder, 3)
+    (newer,) = shared_folder.glob("step-00000003")
+    run = Run()
+    for file in sorted(newer.iterdir()):
+        contents = file.read_bytes()
+        middle = len(contents) // 2
+        damages = [None, contents[:-7], b"", contents[:middle] + bytes([contents[middle] ^ 1]) + contents[middle + 1 :]]
+        for damage in damages:
+            world.comm.Barrier()
+            if world.rank == 0:
+                file.unlink(missing_ok=True)
+                if damage is not None:
+                    file.write_bytes(damage)
+            world.comm.Barrier()
+            text = error_of(world, lambda: run.trainer.load(newer, **run.objects), CheckpointError)
+            assert file.name in text or (damage is None and f"no checkpoint in {newer}" in text)
+        assert run.trainer.resume(shared_folder, **run.objects) == 2
+        world.comm.Barrier()
+        if world.rank == 0:
+            file.write_bytes(contents)
+        world.comm.Barrier()
+    assert run.trainer.resume(shared_folder, **run.objects) == 3
+    error_of(world, lambda: run.trainer.load(shared_folder / "nothing", **run.objects), CheckpointError)
+    assert run.trainer.resume(shared_folder / "nothing", **run.objects) is None
+    run.trainer.close()
+
+
+@two
+def test_nothing_is_unpickled(world, shared_folder, monkeypatch):
+    saved_after(shared_folder, 2, shard_optimizer=True)
+    run = Run(shard_optimizer=True)
+
+    def refuse(*_arguments, **_options):
+        raise AssertionError("unpickled")
+
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(owner, name, refuse)
+    assert run.trainer.resume(shared_folder, **run.objects) == 2
+    monkeypatch.undo()
+    run.trainer.close()
+
+
+@two
+def test_cannot_be_written(world, shared_folder, monkeypatch):
+    """A folder that cannot be made, at once; a full disk on one rank, in the next step. Then training goes on."""
+    run = Run()
+    x, y = torch.randn(4, 2, 4, 4), torch.arange(4) % 3
+
+    def step():
+        run.trainer.train_step(x, y, nn.CrossEntropyLoss(), run.optimizer)
+
+    step()
+    before = [tensor.clone() for tensor in run.model.state_dict().values()]
+    (shared_folder / "file").touch()
+    run.trainer.save(shared_folder / "file" / "folder", **run.objects)
+    text = error_of(world, step, CheckpointError)
+    assert re.search(r"rank 0 on \S+ could not make .*file/folder/.*: Not a directory", text)
+    assert_same(list(run.model.state_dict().values()), before)
+    step()
+    if world.rank == 1:
+        run.trainer.save(shared_folder, own=_State({"a": object()}))
+    assert "own.a is a object, which a checkpoint cannot hold" in error_of(world, step, CheckpointError)
+    run.trainer.save(shared_folder / str(world.rank), **run.objects)
+    assert "Save to one folder" in error_of(world, step, MismatchError)
+
+    def no_space(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    if world.rank == 1:
+        monkeypatch.setattr(checkpoint, "write_file", no_space)
+        run.trainer.save(shared_folder, **run.objects)
+    step()
+    writing_now = run.trainer._saving._writing
+    if world.rank == 1:
+        writing_now._part_is_written.wait()
+    world.comm.Barrier()
+    text = error_of(world, step, CheckpointError)
+    assert re.search(r"not made: rank 1 on \S+ could not write to .*: No space left on device\. Older ones", text)
+    assert not list(shared_folder.glob("*step*"))
+    monkeypatch.undo()
+    run.trainer.save(shared_folder, **run.objects)
+    step()
+    run.trainer.close()
+    assert len(list(shared_folder.glob("step-*"))) == 1
+
+
+@two
+def test_not_shared(world, shared_folder, monkeypatch):
+    """A machine that does not see the folder."""
+    run = Run()
+    if world.rank == 1:
+        monkeypatch.setattr(Path, "is_dir", lambda path: False)
+    run.trainer.save(shared_folder, **run.objects)
+    text = error_of(world, run.trainer.close, CheckpointError)
+    assert re.search(r"rank 1 on \S+ does not see .*, which rank 0 has made", text)
+    assert not list(shared_folder.glob(".step*"))
+
+
+@two
+def test_plain_loader(world, shared_folder, capfd):
+    """All but the position is restored, and one line says so."""
+    for is_later in (False, True):
+        torch.manual_seed(1)
+        model = nn.Linear(3, 2)
+        trainer = create_distributed_trainer(model)
+        optimizer = ADAM(model.parameters())
+        if is_later:
+            assert trainer.load(shared_folder, optimizer=optimizer) == 3
+        for inputs, targets in [(torch.randn(4, 3), torch.arange(4) % 2) for _ in range(3)]:
+            trainer.train_step(inputs, targets, nn.CrossEntropyLoss(), optimizer)
+        trainer.save(shared_folder, optimizer=optimizer)
+        trainer.close()
+    assert capfd.readouterr().out.count("the position in the data is not restored") == (world.rank == 0)
+    assert len(list(shared_folder.glob("step-00000006"))) == 1
+
+
+def test_states_as_json():
+    """What objects of torch have in their states comes back as it was, types included."""
+    state = {
+        "none": None,
+        "numbers": [1, True, 0.1, -0.0, float("inf"), 2**70],
+        "tuple": (0.9, (1, "x")),
+        3: {"$odd": b"\x00\xff"},
+        "counter": Counter({5: 2, 1: 1}),
+        "tensor": torch.arange(4, dtype=torch.bfloat16).view(2, 2).t(),
+        "array": np.arange(3.0),
+    }
+    tensors = {}
+    text = json.dumps(checkpoint.encode(state, "s", tensors))
+    back = checkpoint.decode(json.loads(text), lambda name: tensors[name].clone())
+    assert torch.equal(back.pop("tensor"), state.pop("tensor"))
+    assert np.array_equal(back.pop("array"), state.pop("array"))
+    assert back == state
+    assert [type(value) for value in back["numbers"]] == [int, bool, float, float, float, int]
+    assert type(back["counter"]) is Counter
+    assert type(back["tuple"][1]) is tuple
+
+
+class _State:
+    def __init__(self, state):
+        self.state = state
+
+    def state_dict(self):
+        return self.state
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+@two
+def test_plain_torch(world, shared_folder):
+    """The code of docs/reliability.md reads what a sharded optimizer was saved as, without this package."""
+    run = saved_after(shared_folder, 3, shard_optimizer=True)
+    (folder,) = shared_folder.glob("step-*")
+    document = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", document, re.DOTALL) if "json" in block)
+    model = Net()
+    optimizer = ADAM(model.parameters())
+    plain = {"model": model, "optimizer": optimizer}
+    exec(code.replace("checkpoints/step-00001234", str(folder)), plain)
+    assert_same(list(model.state_dict().values()), list(run.model.state_dict().values()))
+    loaded = Run()
+    loaded.trainer.load(folder, **loaded.objects)
+    expected = loaded.optimizer.state_dict()
+    loaded.trainer.close()
+    assert optimizer.state_dict()["param_groups"] == expected["param_groups"]
+    for number, state in expected["state"].items():
+        assert_same(list(optimizer.state_dict()["state"][number].values()), list(state.values()))
+    whole = safetensors.torch.load_file(folder / "rank-00000-1.safetensors")
+    for name in whole.keys() & {f"model.{key}" for key in model.state_dict()}:
+        assert torch.equal(whole[name], run.model.state_dict()[name.removeprefix("model.")])
+    assert "distributed_trainer" not in code
+
+
+# ---- whole scripts
+
+MAIN = """
+import gc
+from torch.utils.data import TensorDataset
+
+def main():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    trainer = create_distributed_trainer(model, shard_optimizer=True)
+    open(f"{trainer.rank}.pid", "w").write(str(os.getpid()))
+    optimizer = torch.optim.Adam(model.parameters())
+    print("from", trainer.resume("checkpoints", optimizer=optimizer), flush=True)
+    data = TensorDataset(torch.arange(60.0).view(20, 3), torch.arange(20) % 2)
+    loader = trainer.loader(data, 4)
+    for epoch in trainer.epochs(EPOCHS):
+        for inputs, targets in loader:
+            trainer.train_step(inputs, targets, nn.CrossEntropyLoss(), optimizer)
+            time.sleep(PAUSE)
+        print("epoch", epoch, flush=True)
+    LAST_LINE
+
+main()
+gc.collect()
+"""
+
+
+def script(epochs, pause, last_line):
+    return MAIN.replace("EPOCHS", epochs).replace("PAUSE", pause).replace("LAST_LINE", last_line)
+
+
+def finish(job):
+    assert job.process.wait(60) == 0, job.out + job.err
+    return job.out
+
+
+def test_last_line(run, tmp_path):
+    """One rank asks when there is no step any more, and the others' function has ended."""
+    finish(run(script("2", "0", "if trainer.rank == 1:\n        trainer.save('checkpoints', optimizer=optimizer)")))
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000010"]
+    out = finish(run(script("2", "0", "pass")))
+    assert out.count("from 10") == 2
+    assert "epoch" not in out
+
+
+def test_last_line_fails(run, tmp_path):
+    """The job fails then, and says why."""
+    (tmp_path / "checkpoints").touch()
+    job = run("time.sleep(0)" + script("1", "0", "trainer.save('checkpoints/a', optimizer=optimizer)"))
+    assert job.process.wait(60) != 0
+    assert job.err.count("CheckpointError: rank 0 on") == 1
+    assert "Not a directory" in job.err
+
+
+def test_left_by_exception(run):
+    """A rank that has left by an exception has a half-made step, perhaps: no save."""
+    job = run(
+        """
+trainer = create_distributed_trainer(model)
+if trainer.rank == 1:
+    try:
+        with trainer:
+            raise KeyError
+    except KeyError:
+        pass
+else:
+    trainer.save("checkpoints")
+    trainer.close()
+"""
+    )
+    assert job.process.wait(60) != 0
+    assert "the save asked for at the end was not made: rank(s) 1 left the trainer by an exception" in job.err
+
+
+def test_signal(run, tmp_path):
+    """SIGUSR1 to one rank: all save at the same step and end well; the next run goes on."""
+    job = run(script("1000", "0.01", "pass"))
+    job.wait_for("epoch 1", 2)
+    os.kill(int((tmp_path / "1.pid").read_text()), 10)
+    out = finish(job)
+    assert job.err == ""
+    (line,) = re.findall(r"distributed_trainer: SIGUSR1: saved step (\d+) in \S+checkpoints, ending", out)
+    assert os.listdir(tmp_path / "checkpoints") == [f"step-{int(line):08}"]
+    job = run(script("1000", "0.01", "pass"))
+    job.wait_for(f"from {line}", 2)
+    job.wait_for("epoch", 2)
+    first = int(re.findall(r"epoch (\d+)", job.out)[0])
+    assert first == int(line) // 5
