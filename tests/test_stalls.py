@@ -153,13 +153,14 @@ def test_set_up(run):
     assert job.process.wait(START_SECONDS) == 0, job.err
 
 
-def test_another_call(run):
+@pytest.mark.parametrize(("name", "call"), [("summary", "trainer.summary()"), ("load", "trainer.load('checkpoints')")])
+def test_another_call(run, name, call):
     """One leaves the loop a batch early and goes on with something else: an error at once that says where each is."""
-    job = start(run, "trainer.summary()")
+    job = start(run, call)
     assert job.exit_code() != 0
     places = (
         rf"The ranks' last calls: ranks 0 and 1: train_step, \S*train.py:{line_of(job, 'return trainer.train_step')}; "
-        rf"rank 2: summary, \S*train.py:{line_of(job, 'trainer.summary()')}\."
+        rf"rank 2: {name}, \S*train.py:{line_of(job, call)}\."
     )
     assert re.search(r"MismatchError: ranks disagree on collective .*\. " + places, job.err)
 

@@ -20,6 +20,7 @@ _PACKAGE = os.path.dirname(__file__) + os.sep
 _STDERR = 2
 
 _engines: list[Any] = []
+os.register_at_fork(after_in_child=_engines.clear)  # their memory is not there
 _current: tuple[str, str, int] | None = None  # the call in progress: its name, file and line
 
 
