@@ -2,9 +2,11 @@
 """What is said of a rank for which others wait: who, where, since when and why, in the same words on every rank."""
 
 import re
+import sys
 import time
 
 import pytest
+from ranks import is_openmpi, mpirun_path
 from scripts import START_SECONDS
 from torch import nn
 
@@ -170,6 +172,19 @@ def test_stopped_on_several_nodes(run):
     job = start(run, "os.kill(os.getpid(), signal.SIGSTOP)", culprit=3, num_ranks=4, DTRAIN_RANKS_PER_NODE="2")
     waiting = "ranks 0, 1 and 2 wait in "
     check(job, 3, f"is stopped by a signal; it is in the script's own code since {TIME}, after STEP", waiting)
+
+
+@pytest.mark.skipif(not is_openmpi(), reason="MPICH's mpiexec kills the others")
+def test_killed_where_the_launcher_goes_on(run):
+    """Those that wait for the dead rank end by themselves."""
+    command = [mpirun_path(), "--enable-recovery", "-np", "3", sys.executable, "train.py"]
+    job = start(run, "os.kill(os.getpid(), signal.SIGKILL)", command=command)
+    lines, _ = reports(job, 4)
+    assert len(set(lines)) == 2, "one that it is dead, one that they wait for it"
+    assert job.process.wait(START_SECONDS) != 0
+    assert re.search(r"DistributedTrainerError: .*rank 2 \(\S+, process \d+\) is dead: ", job.err)
+    assert "stall_timeout_seconds" not in job.err
+    assert not job.survivors()
 
 
 def test_lone_on_its_node(run):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from .alignment import random_states
+from .alignment import random_states, set_random_states
 from .data import slice_batch
 
 PartOf = Callable[[int], tuple[int, int]]  # of a number of samples: the first of this rank's, and the one after them
@@ -228,10 +228,9 @@ def _as_it_is(batch: Any) -> Any:
 @contextlib.contextmanager
 def _kept_streams() -> Iterator[None]:
     """After it `random`, NumPy and torch go on drawing where they were before."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cpu = torch.device("cpu")
+    states = random_states(cpu)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        set_random_states(states, cpu)

@@ -9,14 +9,13 @@ go back to where the step began and repeat it in twice as many pieces. Later ste
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .alignment import random_states, set_random_states
 from .backend import gather_bytes, gather_objects
 
 logger = logging.getLogger("distributed_trainer")
@@ -106,17 +105,12 @@ class _StepState:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
-        self._device = None if device.type == "cpu" else torch.get_device_module(device)
-        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        self._device_random = self._device.get_rng_state() if self._device else None
+        self._device = device
+        self._random = random_states(device)
 
     def restore(self) -> None:
         """Goes back to it. Local."""
         for module, name, buffer, value in self._buffers:
             buffer.detach().copy_(value)
             module._buffers[name] = buffer
-        random.setstate(self._random[0])
-        np.random.set_state(self._random[1])
-        torch.set_rng_state(self._random[2])
-        if self._device:
-            self._device.set_rng_state(self._device_random)
+        set_random_states(self._random, self._device)
