@@ -309,6 +309,7 @@ void Watch::look_at_wait() {
     if (!last_text_.empty()) patience_seconds_ *= 2;
     wait_reported_ = wait.since_ms;
     last_text_.clear();
+    seen_text_.clear();
     silent_since_ms_.reset();
   }
   if (wait.since_ms == 0 || seconds < share_before_look * report_seconds_) return;
@@ -322,7 +323,10 @@ void Watch::look_at_wait() {
   const bool is_slow_only = std::ranges::none_of(snapshots, is_lost);
   if (is_slow_only && seconds < patience_seconds_) return;
   const std::string text = describe_stall(snapshots, origins_, memory_note());
-  if (text != last_text_) {
+  // What follows a first report must last from one look to the next: the rank may just be on its way here.
+  const bool is_lasting = last_text_.empty() || text == seen_text_;
+  seen_text_ = text;
+  if (text != last_text_ && is_lasting) {
     say(text);
     last_text_ = text;
     patience_seconds_ = std::max(patience_seconds_, static_cast<double>(report_seconds_));

@@ -119,6 +119,7 @@ class Watch {
   // Of the thread alone.
   std::int64_t wait_reported_ = 0;  // since_ms of the wait that `last_text_` is about
   std::string last_text_;
+  std::string seen_text_;  // at the last look
   double patience_seconds_ = 0;  // with ranks that merely take long
   std::optional<std::int64_t> silent_since_ms_;
   std::uint32_t wanted_seen_ = 0;
