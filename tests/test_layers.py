@@ -22,7 +22,7 @@ restart
 preflight hostfile device_transfer
 create
 trainer
-computation own_loop save_and_load
+computation own_loop save_and_load elastic
 saving restoring
 writing
 training_state

@@ -92,12 +92,12 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
       .def(
           "__init__",
           [](Engine* self, std::uintptr_t communicator_address, int max_ranks_per_node, std::optional<int> numa_node,
-             bool initialized_mpi) {
+             bool initialized_mpi, bool survives_deaths) {
             const GilRelease release;
-            new (self) Engine({communicator_address, max_ranks_per_node, numa_node, initialized_mpi});
+            new (self) Engine({communicator_address, max_ranks_per_node, numa_node, initialized_mpi, survives_deaths});
           },
           nb::arg("communicator_address") = 0, nb::arg("max_ranks_per_node") = 0,
-          nb::arg("numa_node") = nb::none(), nb::arg("initialized_mpi") = false,
+          nb::arg("numa_node") = nb::none(), nb::arg("initialized_mpi") = false, nb::arg("survives_deaths") = false,
           "Initialises MPI unless that was done. Collective over the communicator, blocks.")
       .def_prop_ro("rank", &Engine::rank)
       .def_prop_ro("size", &Engine::size)
@@ -160,6 +160,17 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           "Whether some rank is dead, stopped or silent. Likewise.")
       .def("note_failure", [](Engine& self) { self.watch().note_failure(); },
            "The exception that ends this rank was printed. Local.")
+      .def(
+          "has_lost_rank",
+          [](Engine& self, double timeout_seconds) {
+            const GilRelease release;
+            return self.has_lost_rank(std::chrono::milliseconds(static_cast<int>(1000 * timeout_seconds)));
+          },
+          nb::arg("timeout_seconds"),
+          "With survives_deaths: whether a rank was killed, so that nothing can be called but recover(). Waits for the "
+          "word of it, up to the timeout. Local.")
+      .def("recover", &Engine::recover, nb::call_guard<GilRelease>(),
+           "Then: the engine of the ranks that live, in their order. Collective over them, blocks.")
       .def("close", &Engine::close, nb::call_guard<GilRelease>());
 
   // host_facts.py finds this in the module's file, without loading it.
@@ -176,6 +187,7 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
       "Gathers a text of every rank, before there is an engine; also says whether this has initialised MPI. Collective "
       "over the communicator, blocks.");
   m.def("world_rank_and_size", &mpi::world_rank_and_size, "Of the launch, whatever the engine's communicator.");
+  m.def("survives_deaths", &mpi::survives_deaths, "Whether MPI lives on when a rank is killed. Local.");
   m.def("library_version", &mpi::library_version);
   m.def("kernel_isa", &kernel_isa);
   m.def("abort", &mpi::abort, nb::arg("exit_code"), "Ends all ranks of the job.");

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "mpi/library.hpp"
+#include "mpi/ulfm.hpp"
 
 namespace dtrain::mpi {
 namespace {
@@ -136,6 +137,28 @@ Transfer Communicator::gather_to_all(std::span<const std::byte> mine, std::span<
   check(MPI_Iallgather(mine.data(), count, MPI_BYTE, all.data(), count, MPI_BYTE, handle_, &request),
         "MPI_Iallgather");
   return Transfer(request);
+}
+
+void Communicator::revoke() const { check(MPIX_Comm_revoke(handle_), "MPIX_Comm_revoke"); }
+
+Communicator Communicator::shrink() const {
+  MPI_Comm shrunk = MPI_COMM_NULL;
+  check(MPIX_Comm_shrink(handle_, &shrunk), "MPIX_Comm_shrink");
+  return Communicator(shrunk);
+}
+
+bool Communicator::has_failed() const {
+  int flag = 0;
+  MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_SELF, &flag, MPI_STATUS_IGNORE);  // word of it comes by progress
+  check(MPIX_Comm_is_revoked(handle_, &flag), "MPIX_Comm_is_revoked");
+  if (flag != 0) return true;
+  MPI_Group failed = MPI_GROUP_NULL;
+  check(MPIX_Comm_get_failed(handle_, &failed), "MPIX_Comm_get_failed");
+  int size = 0;
+  const int code = MPI_Group_size(failed, &size);
+  MPI_Group_free(&failed);
+  check(code, "MPI_Group_size");
+  return size > 0;
 }
 
 void Communicator::close() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mpi/library.hpp"
 
-#include <mpi.h>
+#include "mpi/ulfm.hpp"
 
 #include <array>
 #include <cstdlib>
@@ -45,6 +45,12 @@ bool is_finalized() {
   int finalized = 0;
   check(MPI_Finalized(&finalized), "MPI_Finalized");
   return finalized != 0;
+}
+
+bool survives_deaths() {
+  // MPICH has the functions as well, but does not survive.
+  const char* is_on = std::getenv("OMPI_MCA_mpi_ft_enable");
+  return MPIX_Comm_shrink != nullptr && is_on != nullptr && std::string(is_on) == "1";
 }
 
 std::pair<int, int> world_rank_and_size() {

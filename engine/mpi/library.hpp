@@ -25,6 +25,10 @@ void finalize();
 
 bool is_finalized();
 
+// Whether MPI lives on when a rank dies, so that Communicator's revoke(), shrink() and has_failed() can be called. So
+// far with Open MPI 5 alone, under `mpirun --with-ft ulfm`. After MPI is initialised.
+bool survives_deaths();
+
 // This process's rank in the world of the launch, and that world's size.
 std::pair<int, int> world_rank_and_size();
 

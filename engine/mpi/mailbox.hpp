@@ -31,6 +31,8 @@ class Mailbox {
   std::optional<std::vector<std::byte>> collect();
   // Collective, does not block: complete when all ranks have called it.
   Transfer barrier();
+  // As of Communicator.
+  void revoke() { communicator_.revoke(); }
   void close();
 
  private:

@@ -57,14 +57,23 @@ void Engine::start_watch(const AllGather& all_gather) {
     }
     for (const auto& group : groups) give_up(*group, reason);
   };
-  watch_ = std::make_unique<Watch>(rank(), std::move(origins), status_of_rank_, Watch::Engine{ask, fail});
+  Watch::Engine engine{ask, fail};
+  if (options_.survives_deaths) {
+    engine.lose_rank = [this](const std::string& reason) { lose_rank(reason); };
+    engine.has_failed = [this] { return world_.has_failed(); };
+  }
+  watch_ = std::make_unique<Watch>(rank(), std::move(origins), status_of_rank_, std::move(engine));
 }
 
 // By the engine thread.
 void Engine::answer_control() {
   if (!control_ || steady_clock::now() < next_control_) return;
   next_control_ = steady_clock::now() + between_looks;
-  collect_control();
+  try {
+    collect_control();
+  } catch (const mpi::Error&) {
+    if (!options_.survives_deaths) throw;  // else the watch sees which rank has died
+  }
 }
 
 void Engine::collect_control() {

@@ -46,6 +46,11 @@ void spin(int num_spins) {
 constexpr int group_tag = 1;
 constexpr Call set_up{.collective = Collective::set_up};
 
+EngineOptions begin_mpi(EngineOptions options) {
+  options.initialized_mpi = mpi::initialize() || options.initialized_mpi;
+  return options;
+}
+
 [[noreturn]] void end_without_mpi() {
   constexpr std::chrono::seconds patience(5);
   std::this_thread::sleep_for(patience);
@@ -55,9 +60,11 @@ constexpr Call set_up{.collective = Collective::set_up};
 
 }  // namespace
 
-Engine::Engine(const EngineOptions& options)
-    : initialized_mpi_(mpi::initialize() || options.initialized_mpi),
-      world_(mpi::Communicator::duplicate(options.communicator_address)),
+Engine::Engine(const EngineOptions& options) : Engine(begin_mpi(options), mpi::Communicator::duplicate(options.communicator_address)) {}
+
+Engine::Engine(const EngineOptions& options, mpi::Communicator world)
+    : options_(options),
+      world_(world),
       max_tag_(world_.max_tag()),
       owner_pid_(getpid()) {
   const AllGather all_gather = gather_over(world_);
@@ -91,16 +98,25 @@ Engine::~Engine() {
     static_cast<void>(thread_.release());  // it does not exist in a forked child
     return;
   }
-  if (thread_) {
-    stopping_ = true;
-    own_doorbell().ring();
-    thread_->join();
-  }
+  stop_thread();
+}
+
+void Engine::stop_thread() {
+  if (!thread_) return;
+  stopping_ = true;
+  own_doorbell().ring();
+  thread_->join();
+  thread_.reset();
 }
 
 AllGather Engine::gather_over(const mpi::Communicator& communicator) const {
-  return [&communicator](std::span<const std::byte> mine, std::span<std::byte> all) {
-    communicator.all_gather(mine, all);
+  return [&communicator, survives = options_.survives_deaths](std::span<const std::byte> mine, std::span<std::byte> all) {
+    try {
+      communicator.all_gather(mine, all);
+    } catch (const mpi::Error&) {
+      if (survives) communicator.revoke();  // only those that wait for the dead rank itself get an error
+      throw;
+    }
   };
 }
 
@@ -116,8 +132,8 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
   drain();
   const Watch::Waiting waiting(*watch_, ranks, set_up);
   mpi::Communicator communicator = world_.create_group(ranks, group_tag);
-  auto blocks = std::make_shared<const Allocation>(
-      node_->share(LocalGroup::block_bytes(), ranks, gather_over(communicator)));
+  const AllGather all_gather = gather_over(communicator);
+  auto blocks = std::make_shared<const Allocation>(node_->share(LocalGroup::block_bytes(), ranks, all_gather));
 
   const std::vector<int>& nodes = node_->node_of_rank();
   std::vector<int> numbers;  // nodes of the group, in the order of their lowest rank in it
@@ -139,7 +155,7 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
   // The first rank and how many groups it was in say which group this is.
   const std::uint64_t own_number = ++num_groups_;
   std::vector<std::uint64_t> number_of_rank(ranks.size());
-  communicator.all_gather(std::as_bytes(std::span(&own_number, 1)), std::as_writable_bytes(std::span(number_of_rank)));
+  all_gather(std::as_bytes(std::span(&own_number, 1)), std::as_writable_bytes(std::span(number_of_rank)));
   const std::uint64_t id = number_of_rank[0] << 32 | static_cast<std::uint64_t>(ranks[0]);
   auto group = std::make_shared<Group>(id, communicator, std::vector(ranks.begin(), ranks.end()),
                                        std::move(node_of_rank), std::move(local), counters_);
@@ -348,12 +364,7 @@ void Engine::close() {
     const std::scoped_lock lock(inbox_mutex_);
     if (std::exchange(is_closed_, true)) return;
   }
-  if (thread_) {
-    stopping_ = true;
-    own_doorbell().ring();
-    thread_->join();
-    thread_.reset();
-  }
+  stop_thread();
   {
     const std::scoped_lock lock(drive_mutex_);
     while (!groups_.empty()) leave(*groups_.front());
@@ -363,7 +374,9 @@ void Engine::close() {
   meet_at_end();
   const std::scoped_lock lock(drive_mutex_);
   for (const auto& mailbox : mailboxes_) mailbox->close();
-  if (initialized_mpi_) {
+  if (has_lost_rank_) {
+    // The end of MPI may wait for the dead; the system's end of this process lets go of everything.
+  } else if (options_.initialized_mpi) {
     // MPI may wait for ever for what peers that were given up have not sent.
     if (!abandoned_groups_.empty()) std::thread(end_without_mpi).detach();
     mpi::finalize();

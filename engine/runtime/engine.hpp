@@ -35,6 +35,7 @@ struct EngineOptions {
   int max_ranks_per_node = 0;               // > 0: pretend nodes of so many ranks, for tests
   std::optional<int> numa_node = std::nullopt;  // pretend that this rank's processors are this NUMA node's, for tests
   bool initialized_mpi = false;  // introduce() has done it, so that it is this engine's to finalise
+  bool survives_deaths = false;  // of ranks: see recover(). Only where mpi::survives_deaths()
 };
 
 class Engine {
@@ -114,11 +115,21 @@ class Engine {
   // Does what can be done without waiting, unless that is the engine thread's business.
   void poll();
 
+  // With survives_deaths a rank that was killed fails all operations of all groups, and nothing can be set up any more.
+  // Whether that has happened; waits for it up to `timeout`, since errors may be here before the word of it. Local.
+  bool has_lost_rank(std::chrono::milliseconds timeout);
+  // Then, collective over the ranks that live, blocks: an engine of them, in their order, which takes this one's place.
+  std::shared_ptr<Engine> recover();
+
   // Tells the peers that this rank takes part in nothing more, and finalises MPI if the engine initialised it, which
   // is collective. Local and a no-op in a forked child. Operations in flight fail.
   void close();
 
  private:
+  Engine(const EngineOptions& options, mpi::Communicator world);
+  void stop_thread();
+  void lose_rank(const std::string& reason);
+  void retire();
   std::shared_ptr<Operation> submit(Group& group, Call call, std::span<const std::byte> buffer,
                                     std::function<Task(Operation&)> start);
   bool progress();
@@ -138,7 +149,7 @@ class Engine {
   void sleep(std::chrono::microseconds timeout);
   AllGather gather_over(const mpi::Communicator& communicator) const;
 
-  bool initialized_mpi_;
+  EngineOptions options_;
   mpi::Communicator world_;
   std::unique_ptr<Node> node_;
   std::vector<Mapping> status_memory_;   // of the ranks on this node, in their order
@@ -163,6 +174,7 @@ class Engine {
   std::vector<mpi::Communicator> left_communicators_;  // of closed groups, still to be freed
   std::vector<std::shared_ptr<Group>> abandoned_groups_;  // closed ones into whose memory MPI may still write
   std::atomic<bool> stopping_ = false;
+  std::atomic<bool> has_lost_rank_ = false;
   bool is_closed_ = false;
   std::unique_ptr<std::thread> thread_;
   std::unique_ptr<Watch> watch_;

@@ -21,6 +21,8 @@ namespace {
 using std::chrono::milliseconds;
 
 constexpr std::int64_t longest_between_looks_ms = 500;
+// Where the job goes on without the dead; nothing wakes this thread when a rank of another node dies.
+constexpr std::int64_t between_looks_for_deaths_ms = 20;
 // A rank whose watch has not looked around for so long is silent, if nothing else is known of its process.
 constexpr std::int64_t longest_beat_ms = 3000;
 // How much of the time until a report is spent before looking, since answers of other nodes take some, too.
@@ -55,12 +57,9 @@ extern "C" void on_sigterm(int) {
 }
 
 Descriptor watch_process(const Origin& origin, const Origin& own) {
+  errno = 0;
   if (origin.pid_namespace != own.pid_namespace) return Descriptor();
   return Descriptor(static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(origin.pid), 0)));
-}
-
-bool is_lost(const Snapshot& seen) {
-  return seen.state == State::dead || seen.state == State::stopped || seen.state == State::silent;
 }
 
 bool speaks_for_itself(const Snapshot& seen) { return seen.state == State::running || seen.state == State::ended; }
@@ -86,8 +85,9 @@ Watch::Watch(int rank, std::vector<Origin> origins, std::vector<StatusPage*> pag
   for (int peer = 0; peer < static_cast<int>(pages_.size()); ++peer) {
     StatusPage* page = pages_[static_cast<std::size_t>(peer)];
     if (page == nullptr || peer == rank_) continue;
-    neighbours_.push_back({peer, page, watch_process(origins_[static_cast<std::size_t>(peer)],
-                                                     origins_[static_cast<std::size_t>(rank_)])});
+    Descriptor process = watch_process(origins_[static_cast<std::size_t>(peer)], origins_[static_cast<std::size_t>(rank_)]);
+    const bool is_gone = !process && errno == ESRCH;
+    neighbours_.push_back({peer, page, std::move(process), false, is_gone});
   }
   own_.beat_ms = machine_now_ms();
   // So that there is time to tell of a rank that was killed: launchers then send SIGTERM to the others.
@@ -176,6 +176,12 @@ void Watch::hear(const Snapshot& seen) {
 
 void Watch::note_wanted() { own_.num_wanted.fetch_add(1); }
 
+// Whether it may never come, and so the job may have to end.
+bool Watch::is_lost(const Snapshot& seen) const {
+  return (seen.state == State::dead && !survives_deaths()) || seen.state == State::stopped ||
+         seen.state == State::silent;
+}
+
 Snapshot Watch::see(const Neighbour& neighbour) const {
   const StatusPage& page = *neighbour.page;
   Snapshot seen{neighbour.rank, State::running, page.place.read(), page.wait.read()};
@@ -210,7 +216,8 @@ void Watch::run() {
     for (const Neighbour& neighbour : neighbours_) {
       if (neighbour.process && !neighbour.is_dead) events.push_back({neighbour.process.get(), POLLIN, 0});
     }
-    const auto between = std::min(longest_between_looks_ms, static_cast<std::int64_t>(report_seconds_ * 50));
+    auto between = std::min(longest_between_looks_ms, static_cast<std::int64_t>(report_seconds_ * 50));
+    if (survives_deaths()) between = std::min(between, between_looks_for_deaths_ms);
     poll(events.data(), events.size(), static_cast<int>(std::max<std::int64_t>(between, 1)));
     look();
   }
@@ -219,6 +226,7 @@ void Watch::run() {
 void Watch::look() {
   own_.beat_ms = machine_now_ms();
   tell_of_dead();
+  if (survives_deaths()) lose_dead();
   if (own_.end == End::terminated) {
     end_by_sigterm();
     return;
@@ -239,11 +247,27 @@ void Watch::tell_of_dead() {
   std::vector<Snapshot> dead;
   for (Neighbour& neighbour : neighbours_) {
     pollfd event{.fd = neighbour.process.get(), .events = POLLIN, .revents = 0};
-    if (!neighbour.process || neighbour.is_dead || poll(&event, 1, 0) <= 0) continue;
+    const bool has_gone = neighbour.is_gone || (neighbour.process && poll(&event, 1, 0) > 0);
+    if (neighbour.is_dead || !has_gone) continue;
     neighbour.is_dead = true;
     if (neighbour.page->end == End::none) dead.push_back(see(neighbour));
   }
-  if (!dead.empty()) say(describe_stall(dead, origins_, memory_note()));
+  // Where the others live on, one of them is enough.
+  const bool is_first = std::ranges::all_of(neighbours_, [this](const Neighbour& neighbour) {
+    return neighbour.is_dead || neighbour.rank > rank_;
+  });
+  if (!dead.empty() && (is_first || !survives_deaths())) say(describe_stall(dead, origins_, memory_note()));
+}
+
+// Only a death by a signal is survived: a rank that raises ends the job.
+void Watch::lose_dead() {
+  const auto was_killed = [](const Neighbour& neighbour) {
+    const End end = neighbour.page->end;
+    return neighbour.is_dead && (end == End::none || end == End::terminated);
+  };
+  if (std::ranges::any_of(neighbours_, was_killed) || engine_.has_failed()) {
+    engine_.lose_rank("a rank was killed");
+  }
 }
 
 std::string Watch::memory_note() const {
@@ -255,7 +279,9 @@ std::string Watch::memory_note() const {
 
 std::string Watch::describe_places() { return dtrain::describe_places(collect(everyone())); }
 
-bool Watch::is_rank_lost() { return std::ranges::any_of(collect(everyone()), is_lost); }
+bool Watch::is_rank_lost() {
+  return std::ranges::any_of(collect(everyone()), [this](const Snapshot& seen) { return is_lost(seen); });
+}
 
 std::vector<int> Watch::everyone() const {
   std::vector<int> ranks(pages_.size());
@@ -320,7 +346,7 @@ void Watch::look_at_wait() {
   }
   const std::vector<Snapshot> snapshots = collect(ranks);
   if (own_.wait.read().since_ms != wait.since_ms) return;  // it was over before all had answered
-  const bool is_slow_only = std::ranges::none_of(snapshots, is_lost);
+  const bool is_slow_only = std::ranges::none_of(snapshots, [this](const Snapshot& seen) { return is_lost(seen); });
   if (is_slow_only && seconds < patience_seconds_) return;
   const std::string text = describe_stall(snapshots, origins_, memory_note());
   // What follows a first report must last from one look to the next: the rank may just be on its way here.
@@ -343,7 +369,7 @@ void Watch::look_at_wait() {
 // Ends this rank's part of the job where another will never come.
 void Watch::end_silent(const std::vector<Snapshot>& snapshots, const std::string& text) {
   const bool is_any_dead = std::ranges::find(snapshots, State::dead, &Snapshot::state) != snapshots.end();
-  if (!std::ranges::any_of(snapshots, is_lost)) {
+  if (std::ranges::none_of(snapshots, [this](const Snapshot& seen) { return is_lost(seen); })) {
     silent_since_ms_.reset();
     return;
   }

@@ -31,6 +31,9 @@ class Watch {
     std::function<void(int rank, bool is_wanted)> ask;
     // Ends all waits of this process with an error.
     std::function<void(const std::string& reason)> fail;
+    // Where ranks may die and the others go on, else none: begins that, and whether MPI knows of a death.
+    std::function<void(const std::string& reason)> lose_rank = {};
+    std::function<bool()> has_failed = {};
   };
 
   // `pages`: of each rank, null for those on other nodes.
@@ -81,6 +84,7 @@ class Watch {
     StatusPage* page;
     Descriptor process;  // none where it can't be watched
     bool is_dead = false;
+    bool is_gone = false;  // before it could be watched
   };
 
   void begin_wait(std::span<const int> ranks, const Call& call);
@@ -92,6 +96,9 @@ class Watch {
   std::vector<Snapshot> collect(std::span<const int> ranks);
   Snapshot see(const Neighbour& neighbour) const;
   void tell_of_dead();
+  void lose_dead();
+  bool survives_deaths() const { return engine_.lose_rank != nullptr; }
+  bool is_lost(const Snapshot& seen) const;
   void end_silent(const std::vector<Snapshot>& snapshots, const std::string& text);
   void show_stack();
   void say(const std::string& text) const;

@@ -127,6 +127,8 @@ class SharedBuffers:
 
     def share(self, source: int) -> None:
         """Copies rank `source`'s to all ranks. Collective, blocks."""
+        if not self._places:
+            return
         buffers = [module._buffers[name].detach() for module, name in self._places]
         flat = torch.cat([buffer.reshape(-1).view(torch.uint8) for buffer in buffers])
         _broadcast(self._group, flat, source)

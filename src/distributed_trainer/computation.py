@@ -24,7 +24,18 @@ from .timing import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, StepClock
 
 
 class StepComputation:
-    """All of `train_step` before the optimizer, with what the trainer has made for it."""
+    """All of `train_step` before the optimizer, with what the trainer has made for it.
+
+    Args:
+        agreement: And the next four, the trainer's.
+        replica: Likewise.
+        fitting: Likewise.
+        clock: Likewise.
+        saving: Likewise.
+        options: The same on every rank.
+        device: Where this rank computes.
+        num_pieces: In which each microbatch is computed.
+    """
 
     def __init__(
         self,
@@ -35,17 +46,19 @@ class StepComputation:
         saving: Saving,
         options: TrainerOptions,
         device: torch.device,
+        num_pieces: int,
     ) -> None:
         self._agreement, self._replica, self._fitting = agreement, replica, fitting
         self._clock, self._saving = clock, saving
         self._is_balanced = options.balance is not None
-        self._device = device
+        self._device, self._num_pieces = device, num_pieces
 
     def run(
         self, inputs: Any, targets: Any, criterion: Callable[..., Any], num_samples: int, microbatches: int
     ) -> tuple[list[float], Any]:
         """Sums of the loss's terms over all ranks, and its structure; the gradients are summed. Collective, blocks."""
-        share = self._agreement.share(inputs, targets, criterion, num_samples, microbatches)
+        num_pieces = microbatches * self._num_pieces
+        share = self._agreement.share(inputs, targets, criterion, num_samples, num_pieces)
         self._saving.take_part(self._agreement.flags)
         self._clock.mark(AGREEMENT)
         self._replica.start()

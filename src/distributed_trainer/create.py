@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,10 +13,13 @@ from torch import nn
 from . import job as jobs
 from .backend import ProcessGroupShmpi
 from .compression import PowerSGD
+from .elastic import Membership
 from .options import TrainerOptions
 from .places import noted
 from .sharding import check_model
 from .trainer import DistributedTrainer
+
+logger = logging.getLogger("distributed_trainer")
 
 
 @noted
@@ -125,8 +129,16 @@ def create_distributed_trainer(
     if job.rank == 0:
         mode = "every rank reads the whole batch" if split_batches else "every rank reads its own part"
         print(f"distributed_trainer: {job.summary}; {mode}", flush=True)
-    groups = (job.create_group(wire_dtype=wire_dtype), job.create_group(), job.create_group())
+    membership = Membership(job, wire_dtype)
+    groups = membership.create_groups()
     if shard_optimizer:
         check_model(model, groups[0], job.device)
     model.to(job.device)
-    return DistributedTrainer(model, groups, job.device, job.local_rank, options, counters=job.engine.counters)
+    trainer = DistributedTrainer(model, groups, job.device, job.local_rank, options, membership=membership)
+    if job.wants_elastic:
+        obstacle = job.obstacle_to_elastic or trainer._begin_elastic()
+        if obstacle is not None and job.rank == 0:
+            logger.warning(
+                "--elastic: a killed rank ends the job, which may then be started again, since %s.", obstacle
+            )
+    return trainer

@@ -21,5 +21,9 @@ class MismatchError(DistributedTrainerError):
     """Ranks disagree on something that must be the same on all of them: model, batch or collective."""
 
 
+class RankLostError(DistributedTrainerError):
+    """A rank was killed, and training cannot go on without it. The same on every rank."""
+
+
 class CheckpointError(DistributedTrainerError):
     """A checkpoint cannot be written, or what was written cannot be read. The same on every rank."""

@@ -71,6 +71,7 @@ class GradientSum:
 
     Attributes:
         found_nonfinite: Whether a gradient of the last step is infinite or NaN. The same on every rank.
+        unused: Numbers of the parameters that no rank used in the last step.
         recorder: Is told of each bucket's life, unless it is None.
     """
 
@@ -88,6 +89,7 @@ class GradientSum:
         self._settings = {"compression": compression, "nonfinite_gradients": nonfinite_gradients}
         self._check_finite = nonfinite_gradients != "ignore"
         self.found_nonfinite = False
+        self.unused: set[int] = set()
         self.recorder: Recorder | None = None
         self._compression = compression
         self._sums_sparse = make_bucket is None
@@ -196,13 +198,21 @@ class GradientSum:
         has_nonfinite_part = self._check_finite and any(b.gives_parts and b.found_nonfinite() for b in self._buckets)
         *sums, num_missing, num_parts = self._sum([*numbers, is_missing, has_nonfinite_part], torch.float64)
         num_users = self._sum(own, torch.int32) if num_missing else []
-        unused = {index for index, users in enumerate(num_users) if not users}
+        self.conclude({index for index, users in enumerate(num_users) if not users}, num_parts > 0)
+        return sums
+
+    def conclude(self, unused: set[int], has_nonfinite_part: bool = False) -> None:
+        """What `finish` does past the commit point. Local.
+
+        Another rank that has come there tells what this one needs for it, if ranks were killed meanwhile.
+        """
+        self.unused = unused
         for bucket in self._buckets:
             bucket.finish(unused)
         if self.recorder is not None:
             self.recorder.wait_ended([bucket.done_at_ns() for bucket in self._buckets])
         if self._check_finite:
-            self.found_nonfinite = num_parts > 0 or any(bucket.found_nonfinite() for bucket in self._buckets)
+            self.found_nonfinite = has_nonfinite_part or any(bucket.found_nonfinite() for bucket in self._buckets)
             if self.found_nonfinite:
                 for bucket in self._buckets:
                     bucket.forget()
@@ -213,13 +223,17 @@ class GradientSum:
         for owner, earlier in self._earlier:
             owner.grad = earlier if owner.grad is None else owner.grad.add_(earlier)
         self._earlier = []
-        return sums
 
     def first_nonfinite(self) -> str:
-        """Name of the first parameter whose gradient is infinite or NaN, if `found_nonfinite`. Collective, blocks."""
+        """Name of the first parameter whose gradient is infinite or NaN, if `found_nonfinite`.
+
+        Collective where ranks have parts of the sums, and blocks then.
+        """
         owners = {index: owner for b in self._buckets for index, (owner, _) in zip(b.indices, b.results, strict=True)}
         gradients = [owners.get(index, state.parameter).grad for index, state in enumerate(self._states)]
-        counts = self._sum([gradient is not None and not is_finite(gradient) for gradient in gradients], torch.int32)
+        counts: list[Any] = [gradient is not None and not is_finite(gradient) for gradient in gradients]
+        if any(bucket.gives_parts for bucket in self._buckets):
+            counts = self._sum(counts, torch.int32)
         return next(state.name for state, count in zip(self._states, counts, strict=True) if count)
 
     def place_of(self, parameter: nn.Parameter) -> Tensor | None:

@@ -46,6 +46,10 @@ class Job:
     """Of this rank."""
     summary: str
     """What was found, in one line."""
+    wants_elastic: bool = False
+    """Started with `run --elastic`."""
+    obstacle_to_elastic: str | None = None
+    """Why the others cannot go on all the same when a rank is killed."""
     _group_numbers: Iterator[int] = field(default_factory=itertools.count)
     _groups: weakref.WeakSet[ProcessGroupShmpi] = field(default_factory=weakref.WeakSet)
 
@@ -158,7 +162,15 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     except MismatchError as error:
         launch.raise_once(error, launcher)
     ranks_per_node = int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0"))
-    engine = module.Engine(_address_of(comm), ranks_per_node, initialized_mpi=initialized_mpi)
+    wants_elastic = os.environ.get("DTRAIN_ELASTIC") == "1"
+    obstacle = None
+    if not module.survives_deaths():
+        obstacle = "it needs Open MPI 5, started with `--with-ft ulfm`"
+    elif comm is not None:
+        obstacle = "the trainer's ranks are those of a communicator of the script's"
+    survives_deaths = wants_elastic and obstacle is None
+    options = {"initialized_mpi": initialized_mpi, "survives_deaths": survives_deaths}
+    engine = module.Engine(_address_of(comm), ranks_per_node, **options)
     places.watch(engine)
     if not _jobs:
         record.note(record.STARTED)
@@ -193,11 +205,24 @@ def start(num_gpus: int | None, comm: Any) -> Job:
             badly_bound = [f"{badly_bound[0]} (and so on {len(badly_bound) - 1} more)"]
         for line in filter(None, [notice, *badly_bound]):
             logger.warning(line)
-    job = Job(engine, module, nodes, device, _summary(module, nodes, device, threads_of_ranks))
+    summary = _summary(module, nodes, device, threads_of_ranks)
+    job = Job(engine, module, nodes, device, summary, wants_elastic, obstacle)
     _jobs.append(job)
     if comm is None:
         _job_of_world = job
     return job
+
+
+def recover(job: Job) -> Job:
+    """The job of the ranks that live, when others of an elastic one were killed. Collective over them, blocks."""
+    global _job_of_world
+    engine = job.engine.recover()
+    places.watch(engine, instead_of=job.engine)
+    recovered = Job(engine, job.module, engine.node_of_rank, job.device, job.summary, job.wants_elastic)
+    _jobs[_jobs.index(job)] = recovered
+    if _job_of_world is job:
+        _job_of_world = recovered
+    return recovered
 
 
 def _make_nccl(store: dist.Store, rank: int, size: int) -> Any:
@@ -314,5 +339,6 @@ def _close_all(pid: int) -> None:
     if os.getpid() == pid:
         for job in reversed(_jobs):
             job.engine.close()
-        if _jobs[0].rank == 0:  # MPI has let rank 0 go, so all ranks have come to their end
+        # MPI has let this rank go, so all ranks have come to their end. (Of an elastic job rank 0 may die just here.)
+        if _jobs[0].rank == 0 or _jobs[0].wants_elastic:
             record.note(record.COMPLETED)

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import NoReturn
 
 from . import places, record
-from .errors import DistributedTrainerError, LaunchError, MPINotFoundError
+from .errors import DistributedTrainerError, LaunchError, MPINotFoundError, RankLostError
 from .library import MPILibrary
 from .mpirun import find_mpirun, mpirun_environment
 
@@ -283,7 +283,8 @@ def install_excepthook(abort: Callable[[int], object], rank: int, world_size: in
         exit_code = 130 if issubclass(kind, KeyboardInterrupt) else 1
         place = f"rank {rank} of {world_size} on {socket.gethostname()}"
         places.note_failure()
-        if not (issubclass(kind, DistributedTrainerError) and places.is_rank_lost()):
+        is_by_death = issubclass(kind, RankLostError)
+        if not (is_by_death or (issubclass(kind, DistributedTrainerError) and places.is_rank_lost())):
             record.note(f"{record.FAILED}: {kind.__name__} on {place}")
         if isinstance(sys.stderr, io.StringIO):
             # torch.distributed's hook collects what is printed here and prints it later, but there is no later.

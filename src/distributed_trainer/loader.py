@@ -40,6 +40,7 @@ class PartLoader:
         num_read: Batches of it that were given out.
         resumes: The next iteration goes on where `load_state_dict` says.
         origin: Where it was before it gave out what the trainer has not trained on yet.
+        given: The last part that it gave out, while the loop over it runs.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class PartLoader:
         self.num_read = 0
         self.resumes = False
         self.origin: Origin | None = None
+        self.given: Any = None
+        self._is_outdated = False  # parts that were read ahead are those of other ranks than there are now
         self._progress, self._device = progress, device
         self._seed = seed
         self._split = split  # asked as each epoch begins, since batches are read ahead of their steps
@@ -103,13 +106,12 @@ class PartLoader:
         if self.num_read and not self.resumes:  # the last loop was left early
             self.epoch, self.num_read = self.epoch + 1, 0
         self.resumes = False
-        self._plan.seed, self._plan.epoch, self._plan.first = self._seed, self.epoch, self.num_read
-        self._plan.part_of = self._split()
-        self._generator.manual_seed(self._seed + self.epoch)
         self.origin = None
-        batches = iter(self._loader)
+        batches = self._read_ahead()
         while True:
             self._note_origin()
+            if self._is_outdated:
+                batches = self._read_ahead()
             batch = next(batches, _END)
             if batch is _END:
                 break
@@ -118,9 +120,37 @@ class PartLoader:
             else:
                 part, is_empty = batch, self._plan.is_empty(self.num_read)
             self.num_read += 1
-            yield slice_batch(part, 0, 0) if is_empty else part
-        self.origin = None
+            self.given = slice_batch(part, 0, 0) if is_empty else part
+            yield self.given
+        self.origin = self.given = None
         self.epoch, self.num_read = self.epoch + 1, 0
+
+    def read_ahead_anew(self) -> None:
+        """Has the loop in progress go on with the parts of the ranks that there are now. Local."""
+        self._is_outdated = True
+
+    def read_again(self) -> Any:
+        """The part that the ranks as they are now have of the batch that was given out last. Local.
+
+        Raises:
+            TypeError: Of an iterable dataset.
+        """
+        plan, number = self._plan, self.num_read - 1
+        if isinstance(plan, _IterableBatches):
+            raise TypeError("an iterable dataset gives each sample once")
+        plan.part_of = self._split()
+        self.given = self._loader.collate_fn(self._loader.dataset.__getitems__(plan.keys(number)))
+        if plan.is_empty(number):
+            self.given = slice_batch(self.given, 0, 0)
+        return self.given
+
+    def _read_ahead(self) -> Iterator[Any]:
+        """What is left of the epoch, of the ranks as they are now."""
+        self._is_outdated = False
+        self._plan.seed, self._plan.epoch, self._plan.first = self._seed, self.epoch, self.num_read
+        self._plan.part_of = self._split()
+        self._generator.manual_seed(self._seed + self.epoch)
+        return iter(self._loader)
 
     def state_dict(self) -> dict[str, int]:
         """Where it is: the epoch, how many of its batches were given out, the seed. Local; the same on every rank."""
@@ -163,15 +193,25 @@ class _IndexedBatches:
         return self._num_batches - self.first
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        order: Sequence[int] = range(self._num_samples)
-        if self._shuffle:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            order = torch.randperm(self._num_samples, generator=generator).tolist()
+        order = self._order()
         for number in range(self.first, self._num_batches):
-            batch = order[number * self._batch_size : (number + 1) * self._batch_size]
-            start, stop = self.part_of(len(batch))
-            own = batch[start:stop] or batch[:1]  # of which the shapes are taken
-            yield [(self.seed, self.epoch, index) for index in own]
+            yield self._keys(order, number)
+
+    def keys(self, number: int) -> list[tuple[int, int, int]]:
+        """Of batch `number`."""
+        return self._keys(self._order(), number)
+
+    def _keys(self, order: Sequence[int], number: int) -> list[tuple[int, int, int]]:
+        batch = order[number * self._batch_size : (number + 1) * self._batch_size]
+        start, stop = self.part_of(len(batch))
+        own = batch[start:stop] or batch[:1]  # of which the shapes are taken
+        return [(self.seed, self.epoch, index) for index in own]
+
+    def _order(self) -> Sequence[int]:
+        if not self._shuffle:
+            return range(self._num_samples)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return torch.randperm(self._num_samples, generator=generator).tolist()
 
     def is_empty(self, number: int) -> bool:
         """Whether this rank has no samples of batch `number`."""

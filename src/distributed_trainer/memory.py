@@ -37,12 +37,13 @@ class FittingPieces:
     """Finds in how many pieces a step fits into the memory of every rank, and remembers it.
 
     Attributes:
+        num_pieces: Of a step.
         shortage: What the allocator has said on this rank in the current attempt; None while there is enough.
     """
 
-    def __init__(self, model: nn.Module, group: Any, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, group: Any, device: torch.device, num_pieces: int = 1) -> None:
         self._model, self._group, self._device = model, group, device
-        self._num_pieces = 1
+        self.num_pieces = num_pieces
         self._is_trying = False
         self.shortage: str | None = None
 
@@ -53,10 +54,10 @@ class FittingPieces:
             OutOfMemoryError: A single sample is too large for some rank. The same on every rank.
         """
         while True:
-            state = _StepState(self._model, self._device)
+            state = StepState(self._model, self._device)
             self._is_trying = True
             try:
-                return attempt(self._num_pieces)
+                return attempt(self.num_pieces)
             except PiecesTooLarge as error:
                 num_samples = error.num_samples
             finally:
@@ -70,11 +71,11 @@ class FittingPieces:
             text = f"rank {rank} ran out of memory in a piece of {num_samples} sample(s)"
             if num_samples == 1:
                 raise torch.OutOfMemoryError(f"{text}, and there is no smaller one: {shortages[rank]}")
-            self._num_pieces *= 2
+            self.num_pieces *= 2
             if self._group.rank() == 0:
                 logger.warning(
                     "%s (%s): the step is repeated in %d microbatches, and later ones are cut likewise.",
-                    *(text, shortages[rank], self._num_pieces),
+                    *(text, shortages[rank], self.num_pieces),
                 )
 
     def ranks_lack_memory(self) -> bool:
@@ -95,7 +96,7 @@ class FittingPieces:
         return True
 
 
-class _StepState:
+class StepState:
     """What a step changes before the optimizer does, beside gradients: buffers and random states."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:

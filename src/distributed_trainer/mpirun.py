@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -45,6 +46,18 @@ def mpirun_environment_for_hosts(is_crowded: bool, has_cards: bool) -> dict[str,
         has_cards: A machine may have network cards of the kind that `has_network_cards` looks for.
     """
     return _without_set(_FILL_HOSTS | _settings(is_crowded, has_cards))
+
+
+def elastic_settings(mpi: MPILibrary) -> tuple[list[str], dict[str, str]]:
+    """Options and variables for an mpirun whose ranks are to go on when one is killed, if this MPI can have that.
+
+    So far Open MPI 5 alone: MPICH has the functions for it, but they end the job.
+    """
+    settings = {"DTRAIN_ELASTIC": "1"}
+    if mpi.family != "openmpi" or not hasattr(ctypes.CDLL(mpi.path), "MPIX_Comm_shrink"):
+        return [], settings
+    settings["OMPI_MCA_async_mpi_finalize"] = "1"  # else the end of MPI may wait for the dead
+    return ["--with-ft", "ulfm"], settings
 
 
 def skip_network_search() -> None:

@@ -24,12 +24,16 @@ os.register_at_fork(after_in_child=_engines.clear)  # their memory is not there
 _current: tuple[str, str, int] | None = None  # the call in progress: its name, file and line
 
 
-def watch(engine: Any) -> None:
+def watch(engine: Any, instead_of: Any = None) -> None:
     """Tells an engine of all calls from now on, and lets it have the script's stack printed. Local."""
+    if instead_of is not None:
+        _engines.remove(instead_of)
     _engines.append(engine)
     if _current is not None:
         engine.note_call(*_current)
     number = signal.SIGRTMIN + 9  # one that programs rarely use
+    if instead_of is not None:
+        return  # whose signal it has
     if signal.getsignal(number) is signal.SIG_DFL:
         with contextlib.suppress(RuntimeError, ValueError):  # no stderr
             faulthandler.register(number, file=_STDERR, all_threads=False)

@@ -7,6 +7,10 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
+from .data import leaves, map_tensors
+from .errors import RankLostError
 from .loader import PartLoader
 
 
@@ -47,6 +51,38 @@ class Positions:
             yield epoch
         self._epoch = max(first, num_epochs)
 
+    def read_ahead_anew(self) -> None:
+        """Has loops in progress go on with the parts of the ranks that there are now."""
+        for ref in self._loaders:
+            if (loader := ref()) is not None:
+                loader.read_ahead_anew()
+
+    def read_again(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
+        """The parts that the ranks as they are now have of the batch of which these are parts.
+
+        Raises:
+            RankLostError: They are not what a loader has given out, or it cannot read that again.
+        """
+        own = _tensors((inputs, targets))
+        for ref in self._loaders:
+            loader = ref()
+            given = [] if loader is None else _tensors(loader.given)
+            places = {id(tensor): place for place, tensor in enumerate(given)}
+            if loader is None or not all(id(tensor) in places for tensor in own):
+                continue
+            try:
+                again = _tensors(loader.read_again())
+            except TypeError as error:
+                reason = str(error)
+                break
+            return map_tensors(lambda tensor: again[places[id(tensor)]], (inputs, targets))  # noqa: B023
+        else:
+            reason = "what train_step was given is not, tensor by tensor, what trainer.loader gave out"
+        raise RankLostError(
+            f"ranks were killed, and their part of the batch cannot be read again: {reason}. Change samples in the "
+            f"dataset, in collate_fn or in the model; or have the job started again (--restarts)."
+        )
+
     def state(self, progress: Any) -> tuple[dict[str, Any], tuple[Any, ...] | None]:
         """Where loaders and epochs are, before batches that were given out since the last step.
 
@@ -76,3 +112,7 @@ class Positions:
             loader = ref()
             if loader is not None and of_loader is not None:
                 loader.load_state_dict(of_loader)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for _, leaf in leaves(tree, "") if isinstance(leaf, Tensor)]

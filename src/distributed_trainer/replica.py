@@ -35,28 +35,46 @@ class Replica:
             the calls of forward and of the trainer are made.
         device: Where this rank computes.
         options: The same on every rank.
+        earlier: That of the same model among more ranks, some of which were killed: this one goes on from it. The
+            ranks are replicas already, but for buffers (`share_buffers`).
 
     Attributes:
         model: The user's.
         gradients: Sums them up: `start`, and `backward` around each backward.
         num_steps: Calls of `update` so far.
-        num_sums: Calls of `finish` so far.
+        num_sums: Calls of `finish` so far that have passed the commit point.
+        is_settled: Whether the last of these has returned, so that buffers are those of all ranks.
+        outcome: Of the last one that has passed it: what `conclude` needs.
         num_skipped_steps: Those that changed nothing.
         gradient_norm: That of the last clipping.
     """
 
     def __init__(
-        self, model: nn.Module, groups: tuple[Any, Any], device: torch.device, options: TrainerOptions
+        self,
+        model: nn.Module,
+        groups: tuple[Any, Any],
+        device: torch.device,
+        options: TrainerOptions,
+        earlier: Replica | None = None,
     ) -> None:
         gradient_group, self._group = groups
         self.model = model
         self._device, self._options = device, options
         self.num_steps = self.num_sums = self.num_skipped_steps = 0
+        self.is_settled = True
+        self.outcome: Any = None
+        self._loss: Any = None  # as the criterion has returned it, while `finish` runs
         self.gradient_norm: Tensor | None = None
         self._nonfinite_name: str | None = None
         self._is_one_of_many = self._group.size() > 1
-        align_models(model, self._group)
-        align_random_states(self._group, alike=options.split_batches)
+        if earlier is None:
+            align_models(model, self._group)
+            align_random_states(self._group, alike=options.split_batches)
+        else:
+            earlier.close()
+            self.num_steps, self.num_sums = earlier.progress
+            self.num_skipped_steps, self.gradient_norm = earlier.num_skipped_steps, earlier.gradient_norm
+            self.outcome = earlier.outcome
         self._set_up(gradient_group)
         self._drift = DriftCheck(model, self._group, device)
 
@@ -136,13 +154,40 @@ class Replica:
         Returns:
             The sum of each term over all pieces and ranks, in float64, and the structure of the loss.
         """
-        self.num_sums += 1
+        self._loss = loss
         own = [sum(terms) for terms in zip(*values, strict=True)]
         *sums, has_changed_buffers = self.gradients.finish([*own, self._buffers.have_changed()])
+        self._pass_commit_point((sums, self.gradients.unused))
         if has_changed_buffers:
             self._buffers.share(source)
+        self.is_settled, self._loss = True, None
         self._note_nonfinite()
         return sums, loss
+
+    def _pass_commit_point(self, outcome: Any) -> None:
+        self.num_sums += 1
+        self.outcome, self.is_settled = outcome, False
+
+    def conclude(self, outcome: Any) -> tuple[list[float], Any]:
+        """Ends a `finish` that has raised since a rank was killed, but that some rank has brought past the commit point.
+
+        Local; for buffers see `share_buffers`.
+
+        Args:
+            outcome: That rank's; None if it is this one.
+
+        Returns:
+            As `finish`.
+        """
+        if outcome is not None:
+            self.gradients.conclude(outcome[1])
+            self._pass_commit_point(outcome)
+        self._note_nonfinite()
+        return self.outcome[0], self._loss
+
+    def share_buffers(self, source: int) -> None:
+        """Gives all ranks those of rank `source`. Collective, blocks."""
+        self._buffers.share(source)
 
     def abandon(self) -> None:
         """In the place of `finish`: makes its calls, but gradients and buffers are not to be used. Collective, blocks.
@@ -158,8 +203,15 @@ class Replica:
         optimizer: torch.optim.Optimizer,
         clip_norm: float | None,
         closure: Callable[[], Any] | None = None,
+        is_alone: bool = False,
     ) -> bool:
         """Lets the optimizer step, if the gradients are finite. Collective with a sharded optimizer, or to find drift.
+
+        Args:
+            optimizer: The user's.
+            clip_norm: As of `train_step`.
+            closure: As of `step`.
+            is_alone: Ranks were killed, so nothing can be called that is collective.
 
         Returns:
             Whether it has.
@@ -181,7 +233,8 @@ class Replica:
                 parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
                 self.gradient_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
             optimizer.step() if closure is None else optimizer.step(closure)  # not every step() takes one
-        self._drift.check(self.num_steps)
+        if not is_alone:
+            self._drift.check(self.num_steps)
         return True
 
     def optimizer_parts(self) -> contextlib.AbstractContextManager[None]:
@@ -275,12 +328,24 @@ class ReproducibleReplica(Replica):
 
     def finish(self, values: list[list[float]], loss: Any, source: int) -> tuple[list[float], Any]:
         """As `Replica.finish`; the terms of the loss are added in the order of the shards. Collective, blocks."""
-        self.num_sums += 1
         self.gradients.finish()
         self._shard_buffers.finish(self._group)
-        self._note_nonfinite()
         structure = map_tensors(lambda term: term.detach().reshape(()).cpu(), loss)
         gathered = gather_objects(self._group, (values, structure))
         rows = [terms for of_rank, _ in gathered for terms in of_rank]
         structure = map_tensors(lambda term: term.to(self._device), gathered[0][1])  # the first shard is never empty
-        return [sum(terms) for terms in zip(*rows, strict=True)], structure
+        self._pass_commit_point(([sum(terms) for terms in zip(*rows, strict=True)], structure))
+        self.is_settled = True
+        self._note_nonfinite()
+        return self.outcome
+
+    def conclude(self, outcome: Any) -> tuple[list[float], Any]:
+        """As `Replica.conclude`; gradients and buffers are there before the commit point."""
+        if outcome is not None:
+            self._pass_commit_point(outcome)
+        self.is_settled = True
+        self._note_nonfinite()
+        return self.outcome
+
+    def share_buffers(self, source: int) -> None:
+        """Nothing: they are the same on all ranks."""

@@ -29,6 +29,10 @@ class Reporter:
         self._writers: list[tuple[Any, int]] = []
         self._num_samples = 0.0
 
+    def rejoin(self, group: Any) -> None:
+        """Goes on among other ranks. Local."""
+        self._group = group
+
     def add(self, writer: Any, every: int) -> None:
         """Has a writer told of every `every`th step. The same on every rank, of which only rank 0 writes."""
         self._writers.append((writer, every))

@@ -28,6 +28,8 @@ _NOT_FORWARDED = ("DTRAIN_RANK_PID", "DTRAIN_RESTARTED")  # of this process's ow
 # Whose presence says that a scheduler has given us hosts: Slurm, PBS, LSF, SGE, Flux.
 _ALLOCATIONS = ("SLURM_JOB_NODELIST", "PBS_NODEFILE", "LSB_MCPU_HOSTS", "PE_HOSTFILE", "FLUX_URI")
 
+_ELASTIC_RESTARTS = 3
+
 _DESCRIPTION = """\
 Becomes `mpirun -np N python SCRIPT ARGS`, with the mpirun of the MPI that the ranks will use. Sets what users have to
 know otherwise; what is set in the environment already is left alone. --dry-run prints the command.
@@ -55,10 +57,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     option(
         "--restarts",
         type=_positive,
-        default=0,
         metavar="N",
         help="start the job again, at most so often, when a rank was killed or a host lost; without hosts that do not "
-        "answer. For scripts that call trainer.resume",
+        f"answer. For scripts that call trainer.resume. Default: 0, with --elastic {_ELASTIC_RESTARTS}",
+    )
+    option(
+        "--elastic",
+        action="store_true",
+        help="when a rank is killed the others train on (with Open MPI 5; docs/reliability.md says when). Else the job "
+        "is started again, as with --restarts",
     )
     option("--dry-run", action="store_true", help="print the command and end")
     option("-m", dest="is_module", action="store_true", help="SCRIPT is a module, as for python -m")
@@ -102,11 +109,13 @@ def main(options: argparse.Namespace) -> int:
     variables = {}
     if options.log_dir or (sys.stdout is not None and sys.stdout.isatty()):
         variables |= {} if "PYTHONUNBUFFERED" in os.environ else {"PYTHONUNBUFFERED": "1"}  # show lines as they come
+    if options.restarts is None:
+        options.restarts = _ELASTIC_RESTARTS if options.elastic else 0
     if options.restarts:
         variables[record.VARIABLE] = str(restart.record_path(has_hosts=bool(options.hostfile)))
     script = None if options.is_module else options.script
     words = [*(["-m"] if options.is_module else []), options.script, *options.arguments]
-    plan = make_plan(options, words, script, variables, _redirection(options.log_dir))
+    plan = make_plan(options, words, script, variables, _redirection(options.log_dir), options.elastic)
     command = plan.make_command(plan.hosts)
     line = shlex.join(command)
     for warning in plan.warnings:
@@ -150,6 +159,7 @@ def make_plan(
     script: str | None,
     variables: Mapping[str, str],
     wrapper: Sequence[str] = (),
+    is_elastic: bool = False,
 ) -> Plan:
     """Finds MPI, asks the hosts, and says what to start.
 
@@ -159,6 +169,7 @@ def make_plan(
         script: A file that must be on each host. None: words[1] is a module that must.
         variables: To be set for all ranks.
         wrapper: What is to start Python on each rank.
+        is_elastic: A rank that is killed is not to end the job, if MPI can have that.
 
     Raises:
         As `main`.
@@ -167,6 +178,10 @@ def make_plan(
     mpi = library.loaded_mpi()
     assert mpi is not None
     program = mpirun.find_mpirun(mpi)
+    fault_tolerance: list[str] = []
+    if is_elastic:
+        fault_tolerance, settings = mpirun.elastic_settings(mpi)
+        variables = {**variables, **settings}
     variables = {**variables, **dict(word.split("=", 1) for word in options.export if "=" in word)}
     forwarded = select_variables({**os.environ, **variables}, options.export)
     num_ranks, hosts, request, warnings = options.num_ranks, None, None, []
@@ -185,7 +200,7 @@ def make_plan(
 
     def make_command(on: Sequence[Host] | None) -> list[str]:
         count = num_ranks if on is None else sum(host.slots or 0 for host in on)
-        command = [program, *_mpirun_options(options, mpi.family, on, forwarded)]
+        command = [program, *fault_tolerance, *_mpirun_options(options, mpi.family, on, forwarded)]
         return [*command, *(["-np", str(count)] if count else []), *wrapper, sys.executable, *words]
 
     return Plan(make_command, hosts, request, variables, warnings)

@@ -24,7 +24,7 @@ import signal
 import socket
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Saving:
         self._is_signalled = False
         self._has_left = False
         self._writing: BackgroundWrite | None = None
+        self.repeat: Callable[[Callable[[], Any]], Any] | None = None  # of the trainer, where ranks may be killed
         self.meets_at_exit = meets_at_exit
         _at_exit.add(self, state)
 
@@ -109,6 +110,17 @@ class Saving:
         except ValueError:
             logger.warning("SIGUSR1 asks for no save: resume was not called in the main thread")
 
+    def rejoin(self, group: Any, meeting_group: Any) -> None:
+        """Goes on among other ranks, when some were killed. Local.
+
+        A checkpoint that was not whole by then is given up.
+        """
+        self._group, self._meeting_group = group, meeting_group
+        self._rank, self._num_ranks = group.rank(), group.size()
+        if self._writing is not None and not self._writing.give_up() and self._rank == 0:
+            logger.warning("a checkpoint was not made, since ranks were killed meanwhile; older ones are as they were.")
+        self._writing = None
+
     def take_part(self, flags: int) -> None:
         """To be called in each step with all ranks' flags together. Collective if there are any, and blocks then.
 
@@ -135,7 +147,7 @@ class Saving:
     def _meet(self) -> None:
         own = self.flags
         try:
-            rows = [row[0] for row in gather_bytes(self._meeting_group, bytes([own]))]
+            rows = self._flags_of_all(own) if self.repeat is None else self.repeat(lambda: self._flags_of_all(own))
         except DistributedTrainerError as error:
             if self._writing is not None:
                 self._writing.wait_for_part()
@@ -153,6 +165,9 @@ class Saving:
             )
         self._take_part(flags, self._meeting_group)
         self._settle(self._meeting_group)
+
+    def _flags_of_all(self, own: int) -> list[int]:
+        return [row[0] for row in gather_bytes(self._meeting_group, bytes([own]))]
 
     def leave(self) -> None:
         """Ends without a meeting, which others may wait for: takes part in that when the process ends. Local."""

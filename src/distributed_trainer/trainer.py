@@ -21,8 +21,9 @@ from .backend import gather_objects
 from .computation import StepComputation
 from .criterion import Weighted
 from .data import batch_size, map_tensors, slice_batch
+from .elastic import Elastic, Membership
 from .evaluate import Evaluation, evaluate
-from .loader import PartLoader
+from .loader import PartLoader, PartOf
 from .memory import FittingPieces
 from .options import TrainerOptions
 from .own_loop import OwnLoop
@@ -38,7 +39,7 @@ from .timing import OPTIMIZER, StepClock, Summary, summarise
 from .training_state import TrainingState
 
 
-class DistributedTrainer(OwnLoop, SaveAndLoad):
+class DistributedTrainer(OwnLoop, SaveAndLoad, Elastic):
     """Trains a model with all ranks of a job. Made by `create_distributed_trainer`; a context manager.
 
     Attributes:
@@ -57,31 +58,37 @@ class DistributedTrainer(OwnLoop, SaveAndLoad):
         local_rank: int,
         options: TrainerOptions,
         owns_groups: bool = True,
-        counters: Callable[[], dict[str, int]] = dict,
+        membership: Membership | None = None,
     ) -> None:
-        *step_groups, meeting_group = groups
-        self._group = step_groups[1]
-        self._own_groups = step_groups if owns_groups else ()  # which end with the trainer
         self.model = model
-        self.rank: int = self._group.rank()
-        self.world_size: int = self._group.size()
-        self.local_rank = local_rank
         self.device = device
         self._options = options
-        self._counters = counters
+        self._owns_groups = owns_groups
+        self._membership = membership
         self._is_closed = False
         self._positions = Positions()
         self._advice = Advice()
         self._clock = StepClock()
-        self._reporter = Reporter(self._group)
-        self._fitting = FittingPieces(model, self._group, device)
+        self._reporter = Reporter(groups[1])
         kind = Replica if options.reproducible is None else ReproducibleReplica
-        self._replica = kind(model, (step_groups[0], self._group), device, options)
-        self._state = TrainingState(model, self._replica, self._positions, device, options.split_batches)
-        self._saving = Saving(self._state, self._group, meeting_group, meets_at_exit=owns_groups)
-        self._agreement = Agreement(self._group, options, lambda: self._saving.flags)
-        of_step = self._agreement, self._replica, self._fitting, self._clock, self._saving
-        self._computation = StepComputation(*of_step, options, device)
+        replica = kind(model, groups[:2], device, options)
+        self._state = TrainingState(model, replica, self._positions, device, options.split_batches)
+        self._saving = Saving(self._state, groups[1], groups[2], meets_at_exit=owns_groups)
+        self._fitting = FittingPieces(model, groups[1], device)
+        self._agreement = Agreement(groups[1], options, lambda: self._saving.flags)
+        self._first_world_size = groups[1].size()
+        self._join(groups, local_rank, replica)
+
+    def _join(self, groups: tuple[Any, Any, Any], local_rank: int, replica: Replica) -> None:
+        """Takes part in steps with the ranks of these groups. Local."""
+        self._group = groups[1]
+        self._own_groups = groups[:2] if self._owns_groups else ()  # which end with the trainer
+        self.rank: int = self._group.rank()
+        self.world_size: int = self._group.size()
+        self.local_rank = local_rank
+        self._replica = self._state.replica = replica
+        of_step = self._agreement, replica, self._fitting, self._clock, self._saving
+        self._computation = StepComputation(*of_step, self._options, self.device, self._num_pieces())
 
     @property
     def num_skipped_steps(self) -> int:
@@ -158,9 +165,16 @@ class DistributedTrainer(OwnLoop, SaveAndLoad):
         num_samples = batch_size({"inputs": inputs, "targets": targets})
         own_samples = num_samples / self.world_size if self._agreement.takes_whole_batches else num_samples
         clock.start(own_samples)
-        attempt = functools.partial(self._computation.run, inputs, targets, criterion, num_samples)
-        totals, loss = self._fitting.run(attempt) if microbatches == "auto" else attempt(microbatches)
-        self._replica.update(optimizer, clip_norm)
+
+        def compute(inputs: Any, targets: Any) -> tuple[list[float], Any]:
+            num_samples = batch_size({"inputs": inputs, "targets": targets})
+            attempt = functools.partial(self._computation.run, inputs, targets, criterion, num_samples)
+            return self._fitting.run(attempt) if microbatches == "auto" else attempt(microbatches)
+
+        def update(is_alone: bool) -> None:
+            self._replica.update(optimizer, clip_norm, is_alone=is_alone)
+
+        totals, loss = self._survive(inputs, targets, compute, update)
         clock.mark(OPTIMIZER)
         figures = {
             "learning_rate": optimizer.param_groups[0].get("lr"),
@@ -236,10 +250,15 @@ class DistributedTrainer(OwnLoop, SaveAndLoad):
             )
         # A run that goes on has drawn it already.
         draws = not self._positions.is_restored_next
-        seed = gather_objects(self._group, random.getrandbits(48))[0] if draws else 0
-        balance, num_shards = self._agreement.balance, self._options.reproducible
-        shards = functools.partial(shard_part, num_shards=num_shards, rank=self.rank, world_size=self.world_size)
-        split = (lambda: balance.split) if num_shards is None else (lambda: shards)
+        own_seed = random.getrandbits(48) if draws else 0
+        seed = self._repeat(lambda: gather_objects(self._group, own_seed)[0]) if draws else 0
+        num_shards = self._options.reproducible
+
+        def split() -> PartOf:
+            if num_shards is None:
+                return self._agreement.balance.split
+            return functools.partial(shard_part, num_shards=num_shards, rank=self.rank, world_size=self.world_size)
+
         place = seed, lambda: self._replica.progress, self.device
         loader = PartLoader(dataset, batch_size, split, *place, shuffle=shuffle, drop_last=drop_last, **options)
         self._agreement.takes_whole_batches = False
@@ -294,10 +313,13 @@ class DistributedTrainer(OwnLoop, SaveAndLoad):
         self._check_open()
         if weight is not None:
             criterion = Weighted(criterion, weight)
-        evaluation = Evaluation(criterion, metrics or {})
         is_split = isinstance(loader, PartLoader) or not self._options.split_batches
-        parts = loader if is_split else self._parts_of(loader)
-        result = evaluate(self.model, parts, evaluation, self._group, self.device)
+
+        def run() -> dict[str, Any]:
+            parts = loader if is_split else self._parts_of(loader)
+            return evaluate(self.model, parts, Evaluation(criterion, metrics or {}), self._group, self.device)
+
+        result = self._repeat(run)
         self._clock.skip()
         return result
 
@@ -341,7 +363,8 @@ class DistributedTrainer(OwnLoop, SaveAndLoad):
         counts as forward and backward. On GPUs these are times of the host, which runs ahead of the device.
         """
         self._check_open()
-        return summarise(self._clock, self._counters(), self._group)
+        counters = dict if self._membership is None else self._membership.counters
+        return self._repeat(lambda: summarise(self._clock, counters(), self._group))
 
     def profile(self, path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
         """Writes a timeline of the steps in a `with` block, of all ranks, to one file. Collective at both ends, blocks.

@@ -37,19 +37,23 @@ class OwnPart:
 
 
 class TrainingState:
-    """A trainer's model, optimizers, random states and place in the data."""
+    """A trainer's model, optimizers, random states and place in the data.
+
+    Attributes:
+        replica: The trainer's.
+    """
 
     def __init__(
         self, model: nn.Module, replica: Replica, positions: Positions, device: torch.device, has_common_stream: bool
     ) -> None:
-        self._model, self._replica, self._positions, self._device = model, replica, positions, device
+        self._model, self.replica, self._positions, self._device = model, replica, positions, device
         self._has_common_stream = has_common_stream
         self._optimizers: list[weakref.ref[torch.optim.Optimizer]] = []  # in the order of their first step
 
     @property
     def num_steps(self) -> int:
         """Steps so far; backwards where the optimizer's steps are not made through the trainer."""
-        return self._replica.num_steps or self._replica.num_sums
+        return self.replica.num_steps or self.replica.num_sums
 
     def note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer with which the trainer is about to step for the first time. The same order on every rank."""
@@ -79,7 +83,7 @@ class TrainingState:
         common: dict[str, Tensor | Part] = {}
         own: dict[str, Tensor | Part] = {}
         states = {MODEL: {"type": type(self._model).__name__, "state": encode(self._model.state_dict(), MODEL, common)}}
-        with self._replica.optimizer_parts():
+        with self.replica.optimizer_parts():
             for name, number in numbers.items():
                 if number is None and objects is None:
                     continue
@@ -93,8 +97,8 @@ class TrainingState:
         owners |= {f"{MODEL}.{name}": 0 for name, _ in self._model.named_buffers()}
         own |= {name: value for name, value in common.items() if owners.get(name, rank) == rank}
         pieces = [piece for name, value in own.items() for piece in pieces_of(name, value)]
-        position, streams = self._positions.state(self._replica.progress)
-        replica = self._replica
+        position, streams = self._positions.state(self.replica.progress)
+        replica = self.replica
         about = {
             "random_states": _random_to_json(streams or random_states(self._device)),
             "step": self.num_steps,
@@ -154,7 +158,7 @@ class TrainingState:
                 _take_strides(value, state)
             value.load_state_dict(state)
         content = checkpoint.content
-        replica = self._replica
+        replica = self.replica
         first = checkpoint.of_rank(0)
         replica.num_steps, replica.num_sums, replica.num_skipped_steps = first["progress"]
         self._positions.restore(first["position"], replica.progress)

@@ -52,6 +52,11 @@ class BackgroundWrite:
         if self._rank == 0:
             shutil.rmtree(self._temporary, ignore_errors=True)  # another save would remove it, too
 
+    def give_up(self) -> bool:
+        """Has the thread end soon, whatever the others do; returns whether it was through. Local."""
+        self._is_abandoned.set()
+        return self._is_over.is_set() and not self.has_failed
+
     def _run(self, content: Any, keep: int) -> None:
         part, self._part = self._part, None
         assert part is not None
