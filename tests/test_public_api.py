@@ -15,6 +15,7 @@ NAMES = [
     "LaunchError",
     "MPINotFoundError",
     "MismatchError",
+    "RankLostError",
     "create_distributed_trainer",
 ]
 MEMBERS = [
@@ -85,7 +86,7 @@ def test_docstrings():
 
 def test_errors():
     assert issubclass(distributed_trainer.DistributedTrainerError, RuntimeError)
-    for name in ("CheckpointError", "LaunchError", "MPINotFoundError", "MismatchError"):
+    for name in ("CheckpointError", "LaunchError", "MPINotFoundError", "MismatchError", "RankLostError"):
         assert issubclass(getattr(distributed_trainer, name), distributed_trainer.DistributedTrainerError)
 
 

@@ -4,7 +4,14 @@
 import os
 import sys
 
-from .errors import CheckpointError, DistributedTrainerError, LaunchError, MismatchError, MPINotFoundError
+from .errors import (
+    CheckpointError,
+    DistributedTrainerError,
+    LaunchError,
+    MismatchError,
+    MPINotFoundError,
+    RankLostError,
+)
 
 __all__ = [
     "CheckpointError",
@@ -13,6 +20,7 @@ __all__ = [
     "LaunchError",
     "MPINotFoundError",
     "MismatchError",
+    "RankLostError",
     "create_distributed_trainer",
 ]
 

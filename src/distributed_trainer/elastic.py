@@ -84,7 +84,7 @@ class Elastic:
     """Set by `_begin_elastic`."""
 
     def _begin_elastic(self) -> str | None:
-        """Has steps survive deaths from now on; returns why not, where that cannot be. Local, the same on every rank."""
+        """Has steps survive deaths from now on, or returns why that cannot be. Local, the same on every rank."""
         options = self._options
         obstacles = {
             "with shard_optimizer a killed rank takes its part of the optimizer's state along": options.shard_optimizer,

@@ -169,7 +169,7 @@ class Replica:
         self.outcome, self.is_settled = outcome, False
 
     def conclude(self, outcome: Any) -> tuple[list[float], Any]:
-        """Ends a `finish` that has raised since a rank was killed, but that some rank has brought past the commit point.
+        """Ends a `finish` that a rank's death has ended, but that some rank has brought past the commit point.
 
         Local; for buffers see `share_buffers`.
 
