@@ -22,7 +22,9 @@ restart
 preflight hostfile device_transfer
 create
 trainer
-computation own_loop save_and_load elastic
+elastic
+computation own_loop save_and_load
+handover
 saving restoring
 writing
 training_state

@@ -171,6 +171,15 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           "word of it, up to the timeout. Local.")
       .def("recover", &Engine::recover, nb::call_guard<GilRelease>(),
            "Then: the engine of the ranks that live, in their order. Collective over them, blocks.")
+      .def("start_replacement", &Engine::start_replacement, nb::arg("command"), nb::arg("arguments"),
+           nb::arg("folder"), nb::call_guard<GilRelease>(), "Starts a process to take the place of a rank. Local, for rank 0.")
+      .def("has_replacement", &Engine::has_replacement, nb::call_guard<GilRelease>(), "Whether there is one. Local.")
+      .def("has_ready_replacement", &Engine::has_ready_replacement, nb::call_guard<GilRelease>(),
+           "Whether it waits in join(). Local.")
+      .def("admit", &Engine::admit, nb::call_guard<GilRelease>(),
+           "Then: the engine of all ranks and that process, the last of them. Collective over them, blocks.")
+      .def("join", &Engine::join, nb::call_guard<GilRelease>(),
+           "In that process: likewise; None if it is not needed any more. Blocks.")
       .def("close", &Engine::close, nb::call_guard<GilRelease>());
 
   // host_facts.py finds this in the module's file, without loading it.
@@ -187,6 +196,7 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
       "Gathers a text of every rank, before there is an engine; also says whether this has initialised MPI. Collective "
       "over the communicator, blocks.");
   m.def("world_rank_and_size", &mpi::world_rank_and_size, "Of the launch, whatever the engine's communicator.");
+  m.def("is_replacement", &mpi::Replacement::is_this_process, "Whether a rank has started this process. Local.");
   m.def("survives_deaths", &mpi::survives_deaths, "Whether MPI lives on when a rank is killed. Local.");
   m.def("library_version", &mpi::library_version);
   m.def("kernel_isa", &kernel_isa);

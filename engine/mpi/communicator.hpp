@@ -38,6 +38,8 @@ class Transfer {
 // True once all of `transfers` are complete; tests each that is not.
 bool test_all(std::span<Transfer> transfers);
 
+class Replacement;
+
 // Errors are returned by MPI and thrown by us. Copies are views: the handle is freed by close() alone, since freeing
 // is collective and the order of destructors is not.
 class Communicator {
@@ -82,6 +84,8 @@ class Communicator {
   void close();
 
  private:
+  friend class Replacement;
+  friend Communicator admit(const Communicator& living, Replacement* own);
   explicit Communicator(MPI_Comm handle);
 
   MPI_Comm handle_ = MPI_COMM_NULL;

@@ -9,5 +9,6 @@ extern "C" {
 int MPIX_Comm_revoke(MPI_Comm communicator) __attribute__((weak));
 int MPIX_Comm_is_revoked(MPI_Comm communicator, int* flag) __attribute__((weak));
 int MPIX_Comm_shrink(MPI_Comm communicator, MPI_Comm* shrunk) __attribute__((weak));
+int MPIX_Comm_agree(MPI_Comm communicator, int* flag) __attribute__((weak));
 int MPIX_Comm_get_failed(MPI_Comm communicator, MPI_Group* failed) __attribute__((weak));
 }

@@ -371,6 +371,7 @@ void Engine::close() {
   }
   own_doorbell().ring();
   watch_->close();
+  if (replacement_) replacement_->dismiss();
   meet_at_end();
   const std::scoped_lock lock(drive_mutex_);
   for (const auto& mailbox : mailboxes_) mailbox->close();

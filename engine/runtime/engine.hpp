@@ -24,6 +24,7 @@
 #include "collectives/shards.hpp"
 #include "memory/node.hpp"
 #include "mpi/mailbox.hpp"
+#include "mpi/replacement.hpp"
 #include "runtime/watch.hpp"
 
 namespace dtrain {
@@ -121,6 +122,18 @@ class Engine {
   // Then, collective over the ranks that live, blocks: an engine of them, in their order, which takes this one's place.
   std::shared_ptr<Engine> recover();
 
+  // Starts a process to take the place of one that was killed. Local, returns at once; to be called on rank 0.
+  void start_replacement(const std::string& command, const std::vector<std::string>& arguments,
+                         const std::string& folder);
+  // Whether there is one, and whether it waits in join(). Local.
+  bool has_replacement();
+  bool has_ready_replacement();
+  // Collective over all ranks, blocks, once it waits: an engine of these and of that process, the last of them.
+  std::shared_ptr<Engine> admit();
+  // In that process, on an engine of it alone: likewise. None if it is not needed any more. Throws mpi::Error if the
+  // rank that has started it is gone.
+  std::shared_ptr<Engine> join();
+
   // Tells the peers that this rank takes part in nothing more, and finalises MPI if the engine initialised it, which
   // is collective. Local and a no-op in a forked child. Operations in flight fail.
   void close();
@@ -129,6 +142,7 @@ class Engine {
   Engine(const EngineOptions& options, mpi::Communicator world);
   void stop_thread();
   void lose_rank(const std::string& reason);
+  std::shared_ptr<Engine> go_on(mpi::Communicator members);
   void retire();
   std::shared_ptr<Operation> submit(Group& group, Call call, std::span<const std::byte> buffer,
                                     std::function<Task(Operation&)> start);
@@ -176,6 +190,7 @@ class Engine {
   std::atomic<bool> stopping_ = false;
   std::atomic<bool> has_lost_rank_ = false;
   bool is_closed_ = false;
+  std::shared_ptr<mpi::Replacement> replacement_;
   std::unique_ptr<std::thread> thread_;
   std::unique_ptr<Watch> watch_;
 };

@@ -37,23 +37,56 @@ bool Engine::has_lost_rank(milliseconds timeout) {
 std::shared_ptr<Engine> Engine::recover() {
   lose_rank("the job goes on without the ranks that were killed");
   stop_thread();
-  mpi::Communicator living = world_;
+  std::vector<int> everyone(static_cast<std::size_t>(size()));
+  std::iota(everyone.begin(), everyone.end(), 0);
+  std::optional<mpi::Communicator> living;
+  {
+    const Watch::Waiting waiting(*watch_, everyone, {.collective = Collective::set_up});
+    living = world_.shrink();
+  }
+  return go_on(*living);
+}
+
+// Collective over `members`: the engine that takes this one's place.
+std::shared_ptr<Engine> Engine::go_on(mpi::Communicator members) {
+  watch_->close();
   for (;;) {
-    {
-      std::vector<int> everyone(static_cast<std::size_t>(size()));
-      std::iota(everyone.begin(), everyone.end(), 0);
-      const Watch::Waiting waiting(*watch_, everyone, {.collective = Collective::set_up});
-      living = living.shrink();
-    }
-    watch_->close();
     try {
-      std::shared_ptr<Engine> next(new Engine(options_, living));
+      std::shared_ptr<Engine> next(new Engine(options_, members));
+      next->replacement_ = std::move(replacement_);
+      next->watch_->take_settings(*watch_);
       retire();
       return next;
     } catch (const mpi::Error&) {
-      living.revoke();  // another has died meanwhile
+      members.revoke();  // another has died meanwhile
+      members = members.shrink();
     }
   }
+}
+
+void Engine::start_replacement(const std::string& command, const std::vector<std::string>& arguments,
+                               const std::string& folder) {
+  replacement_ = std::make_shared<mpi::Replacement>(command, arguments, folder);
+}
+
+bool Engine::has_replacement() {
+  if (replacement_ && replacement_->has_failed()) replacement_.reset();
+  return replacement_ != nullptr;
+}
+
+bool Engine::has_ready_replacement() { return replacement_ && replacement_->is_ready(); }
+
+std::shared_ptr<Engine> Engine::admit() {
+  stop_thread();
+  mpi::Communicator all = mpi::admit(world_, replacement_.get());
+  replacement_.reset();
+  return go_on(all);
+}
+
+std::shared_ptr<Engine> Engine::join() {
+  stop_thread();
+  const std::optional<mpi::Communicator> all = mpi::Replacement::join();
+  return all ? go_on(*all) : nullptr;
 }
 
 // Lets go of what only the end of MPI would free.

@@ -132,6 +132,11 @@ void Watch::set_limits(std::optional<double> report_seconds, std::optional<doubl
   if (timeout_seconds) timeout_seconds_ = *timeout_seconds;
 }
 
+void Watch::take_settings(const Watch& other) {
+  set_limits(other.report_seconds_, other.timeout_seconds_);
+  set_stack_signal(other.stack_signal_);
+}
+
 void Watch::note_call(const std::string& call, const std::string& file, int line) {
   Place place{};
   copy_end(call, place.call);

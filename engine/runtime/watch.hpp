@@ -47,6 +47,9 @@ class Watch {
   // What makes this process write its stack, sent to its main thread; 0 for none.
   void set_stack_signal(int signal) { stack_signal_ = signal; }
 
+  // What those two have set in another one.
+  void take_settings(const Watch& other);
+
   void note_call(const std::string& call, const std::string& file, int line);
   void note_return();
   // The exception that ends this rank was printed, so nobody need tell of its death.

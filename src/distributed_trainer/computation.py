@@ -22,6 +22,13 @@ from .saving import Saving
 from .share import Piece, stand_in
 from .timing import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, StepClock
 
+REPLACEMENT_WAITS = 8
+"""Beside the flags of `Saving`: a process waits to be admitted."""
+
+
+class ReplacementWaits(Exception):
+    """The step is to begin again with one rank more. The same on every rank."""
+
 
 class StepComputation:
     """All of `train_step` before the optimizer, with what the trainer has made for it.
@@ -59,7 +66,9 @@ class StepComputation:
         """Sums of the loss's terms over all ranks, and its structure; the gradients are summed. Collective, blocks."""
         num_pieces = microbatches * self._num_pieces
         share = self._agreement.share(inputs, targets, criterion, num_samples, num_pieces)
-        self._saving.take_part(self._agreement.flags)
+        self._saving.take_part(self._agreement.flags & ~REPLACEMENT_WAITS)
+        if self._agreement.flags & REPLACEMENT_WAITS:
+            raise ReplacementWaits
         self._clock.mark(AGREEMENT)
         self._replica.start()
         began = self._clock.computed() - self._replica.waited_seconds

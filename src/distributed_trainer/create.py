@@ -126,7 +126,7 @@ def create_distributed_trainer(
         return DistributedTrainer(model, groups, device, 0, options, owns_groups=False)
     job = jobs.start(num_gpus, comm)
     job.engine.set_limits(stall_report_seconds, stall_timeout_seconds)
-    if job.rank == 0:
+    if job.rank == 0 and not job.is_replacement:
         mode = "every rank reads the whole batch" if split_batches else "every rank reads its own part"
         print(f"distributed_trainer: {job.summary}; {mode}", flush=True)
     membership = Membership(job, wire_dtype)
@@ -135,6 +135,8 @@ def create_distributed_trainer(
         check_model(model, groups[0], job.device)
     model.to(job.device)
     trainer = DistributedTrainer(model, groups, job.device, job.local_rank, options, membership=membership)
+    if job.is_replacement:
+        trainer.rank, trainer.world_size = 1, 2  # whatever rank 0 alone does, such as writing, is not for this one
     if job.wants_elastic:
         obstacle = job.obstacle_to_elastic or trainer._begin_elastic()
         if obstacle is not None and job.rank == 0:

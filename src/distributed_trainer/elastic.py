@@ -10,21 +10,29 @@
 4. A rank in a step that nobody has brought so far goes back to its start: only buffers and random states have changed.
    All then repeat it with the batch divided anew, so that every sample counts once. To need no more memory than before,
    each computes its larger part in several pieces, but with BatchNorm, whose statistics are of the whole batch.
+5. Rank 0 starts a process in the place of each that was killed. It runs the script until `resume`, where it waits. The
+   next step begins with its admission: it gets the state from rank 0, as if from a checkpoint of that moment.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import sys
+import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import handover, launch
 from . import job as jobs
 from .agreement import Agreement
 from .backend import gather_objects
+from .computation import REPLACEMENT_WAITS, ReplacementWaits
 from .errors import DistributedTrainerError
 from .memory import FittingPieces, StepState
 from .options import TrainerOptions
@@ -32,6 +40,9 @@ from .positions import Positions
 from .replica import Replica
 from .reporting import Reporter
 from .saving import Saving
+from .training_state import TrainingState
+
+_MOST_TRIES = 3  # to start a process, one after the other
 
 logger = logging.getLogger("distributed_trainer")
 
@@ -63,6 +74,16 @@ class Membership:
         """Goes on with the ranks that live. Collective over them, blocks."""
         self.job = jobs.recover(self.job)
 
+    def admit(self) -> None:
+        """Goes on with the ranks and a replacement that is ready. Collective over all, blocks."""
+        self.job = jobs.admit(self.job)
+
+    def join(self) -> bool:
+        """In a replacement: likewise; False if it is not needed any more. Blocks."""
+        job = jobs.join(self.job)
+        self.job = job or self.job
+        return job is not None
+
 
 class Elastic:
     """What `DistributedTrainer`, which has the rest, does for it."""
@@ -76,12 +97,15 @@ class Elastic:
     _agreement: Agreement
     _fitting: FittingPieces
     _saving: Saving
+    _state: TrainingState
+    _resumed_objects: Mapping[str, Any] | None
     _reporter: Reporter
     _positions: Positions
     _first_world_size: int
     _join: Callable[..., None]
     _is_elastic = False
     """Set by `_begin_elastic`."""
+    _num_tries_left = _MOST_TRIES
 
     def _begin_elastic(self) -> str | None:
         """Has steps survive deaths from now on, or returns why that cannot be. Local, the same on every rank."""
@@ -124,18 +148,29 @@ class Elastic:
             update(False)
             return result
         assert self._membership is not None
+        if self._is_waiting:
+            raise ValueError(
+                "this process takes the place of a killed one and needs its state: call trainer.resume before the "
+                "first step"
+            )
         while True:
             begun, start = self._replica.progress, StepState(self.model, self.device)
+            self._start_replacement()
             try:
                 result = compute(inputs, targets)
                 update(False)
                 return result
+            except ReplacementWaits:
+                start.restore()
+                admits = True
             except DistributedTrainerError as error:
                 if not self._membership.has_lost_rank(error):
                     raise
-            concluded = self._go_on(begun, start, update)
-            if concluded is not None:
-                return concluded
+                admits = False
+            if not (admits and self._admit()):
+                concluded = self._go_on(begun, start, update)
+                if concluded is not None:
+                    return concluded
             if not self._agreement.takes_whole_batches:
                 inputs, targets = self._positions.read_again(inputs, targets)
 
@@ -202,6 +237,77 @@ class Elastic:
             raise failure
         return result
 
+    def _flags(self) -> int:
+        """What this rank has to tell the others in each step, in a byte. Local."""
+        waits = self._is_elastic and self._membership.job.engine.has_ready_replacement()
+        return self._saving.flags | waits * REPLACEMENT_WAITS
+
+    def _start_replacement(self) -> None:
+        """Starts a process in the place of a killed one, on rank 0, if the script knows how to go on. Local.
+
+        That is: it gives its objects to `resume`, and its loops are those of `epochs` and `loader`.
+        """
+        engine = self._membership.job.engine
+        can_go_on = self._resumed_objects is not None and self._positions.lead
+        if engine.rank != 0 or self.world_size == self._first_world_size or not can_go_on or not self._num_tries_left:
+            return
+        if not engine.has_replacement():
+            self._num_tries_left -= 1
+            engine.start_replacement(sys.executable, sys.orig_argv[1:], launch.START_DIRECTORY)
+
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether this process is to take a killed one's place, and has not yet."""
+        return self._membership is not None and self._membership.job.is_replacement
+
+    def _admit(self) -> bool:
+        """Goes on with a process more, which gets its state from rank 0; False if a rank was killed meanwhile.
+
+        Collective over all ranks, blocks.
+        """
+        try:
+            self._membership.admit()
+            groups = self._membership.create_groups()
+            are_new = gather_objects(groups[1], False)
+            if groups[1].rank() == 0:
+                about = {"first_world_size": self._first_world_size, "threads": torch.get_num_threads()}
+                for rank in (rank for rank, is_new in enumerate(are_new) if is_new):
+                    handover.give(self._state, self._resumed_objects, about, groups[1], rank)
+            self._rejoin(groups, 0)
+        except DistributedTrainerError as error:
+            if not self._membership.has_lost_rank(error):
+                raise
+            return False
+        self._num_tries_left = _MOST_TRIES
+        if self.rank == 0:
+            what = "a new process has taken the place of a killed one: training goes on with %d ranks at step %d."
+            logger.warning(what, self.world_size, self._replica.num_steps + 1)
+        return True
+
+    def _take_place(self, objects: Mapping[str, Any]) -> int:
+        """In a new process: waits until it is admitted, and gets its state. Returns the number of steps made. Blocks.
+
+        Raises:
+            SystemExit: It is not needed any more.
+        """
+        try:
+            if not self._membership.join():
+                raise SystemExit(0)
+            groups = self._membership.create_groups()
+            gather_objects(groups[1], True)
+            received = handover.take(groups[1], 0)
+            self._first_world_size = received.about["first_world_size"]
+            torch.set_num_threads(received.about["threads"])
+            self._state.check(received, objects)
+            self._state.put_back(received, objects, groups[1].rank(), groups[1].size())
+            self._rejoin(groups, 0)
+        except Exception:
+            # As if it had been killed: so the others go on without it.
+            traceback.print_exc()
+            sys.stderr.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return received.content["step"]
+
     def _rejoin(self, groups: tuple[Any, Any, Any], source: int) -> None:
         """Makes anew what this rank does together with the others. Collective, blocks.
 
@@ -215,7 +321,7 @@ class Elastic:
         replica.share_buffers(source)
         self._fitting = FittingPieces(self.model, group, self.device, self._fitting.num_pieces)
         takes_whole_batches = self._agreement.takes_whole_batches
-        self._agreement = Agreement(group, self._options, lambda: self._saving.flags)
+        self._agreement = Agreement(group, self._options, self._flags)
         self._agreement.takes_whole_batches = takes_whole_batches
         self._saving.rejoin(group, groups[2])
         self._reporter.rejoin(group)

@@ -50,6 +50,8 @@ class Job:
     """Started with `run --elastic`."""
     obstacle_to_elastic: str | None = None
     """Why the others cannot go on all the same when a rank is killed."""
+    is_replacement: bool = False
+    """Started by a rank in the place of a killed one, and not admitted yet."""
     _group_numbers: Iterator[int] = field(default_factory=itertools.count)
     _groups: weakref.WeakSet[ProcessGroupShmpi] = field(default_factory=weakref.WeakSet)
 
@@ -206,7 +208,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
         for line in filter(None, [notice, *badly_bound]):
             logger.warning(line)
     summary = _summary(module, nodes, device, threads_of_ranks)
-    job = Job(engine, module, nodes, device, summary, wants_elastic, obstacle)
+    job = Job(engine, module, nodes, device, summary, wants_elastic, obstacle, module.is_replacement())
     _jobs.append(job)
     if comm is None:
         _job_of_world = job
@@ -215,8 +217,29 @@ def start(num_gpus: int | None, comm: Any) -> Job:
 
 def recover(job: Job) -> Job:
     """The job of the ranks that live, when others of an elastic one were killed. Collective over them, blocks."""
+    return _go_on(job, job.engine.recover())
+
+
+def admit(job: Job) -> Job:
+    """The job of its ranks and a replacement that is ready, the last of them. Collective over all, blocks."""
+    return _go_on(job, job.engine.admit())
+
+
+def join(job: Job) -> Job | None:
+    """In a replacement: the job that it is admitted to; None if it is not needed any more. Blocks.
+
+    Raises:
+        DistributedTrainerError: The rank that has started it is gone.
+    """
+    engine = job.engine.join()
+    if engine is None:
+        return None
+    launch.install_excepthook(job.module.abort, engine.rank, engine.size)
+    return _go_on(job, engine)
+
+
+def _go_on(job: Job, engine: Any) -> Job:
     global _job_of_world
-    engine = job.engine.recover()
     places.watch(engine, instead_of=job.engine)
     recovered = Job(engine, job.module, engine.node_of_rank, job.device, job.summary, job.wants_elastic)
     _jobs[_jobs.index(job)] = recovered

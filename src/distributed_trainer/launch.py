@@ -27,7 +27,7 @@ from .library import MPILibrary
 from .mpirun import find_mpirun, mpirun_environment
 
 # A restart begins where the script began, even if the script has called os.chdir since.
-_START_DIRECTORY = os.readlink("/proc/self/cwd")
+START_DIRECTORY = os.readlink("/proc/self/cwd")
 
 # Name: the variable that gives it away, then rank, size, local rank, local size, "" where it does not tell.
 # The innermost comes first: torchrun is started by others, and mpirun inside a step of srun.
@@ -200,7 +200,7 @@ def restart_under_mpirun(num_ranks: int, mpi: MPILibrary) -> NoReturn:
     if sys.stdout is not None and sys.stdout.isatty():
         environ.setdefault("PYTHONUNBUFFERED", "1")  # lines would pile up in the pipe of an MPICH rank
     _flush()
-    os.chdir(_START_DIRECTORY)
+    os.chdir(START_DIRECTORY)
     os.execve(mpirun, command, environ)
 
 

@@ -57,6 +57,10 @@ def elastic_settings(mpi: MPILibrary) -> tuple[list[str], dict[str, str]]:
     if mpi.family != "openmpi" or not hasattr(ctypes.CDLL(mpi.path), "MPIX_Comm_shrink"):
         return [], settings
     settings["OMPI_MCA_async_mpi_finalize"] = "1"  # else the end of MPI may wait for the dead
+    # Of a new process not all ranks know whether it is on their machine, and they would choose different algorithms.
+    settings["OMPI_MCA_coll"] = "^han"
+    # The dead keep their places.
+    settings |= {name: value for name, value in _OVERSUBSCRIBE.items()}
     return ["--with-ft", "ulfm"], settings
 
 

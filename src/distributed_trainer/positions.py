@@ -40,6 +40,11 @@ class Positions:
         """Whether the next loader that is made will go on where an earlier run was."""
         return len(self._loaders) < len(self._restored)
 
+    @property
+    def lead(self) -> bool:
+        """Whether a run that goes on is led to its place: by a loader, in the loop of `epochs`."""
+        return bool(self._loaders) and self._epoch is not None
+
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """The numbers of the epochs that are left."""
         first, self._first_epoch = self._first_epoch, None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ class SaveAndLoad:
     _saving: Saving
     _state: TrainingState
     _check_open: Callable[[], None]
+    _resumed_objects: Mapping[str, Any] | None = None
+    """What `resume` was given."""
+    _is_waiting: bool
+    _take_place: Callable[[Mapping[str, Any]], int]
 
     def save(self, folder: str | os.PathLike[str], *, keep: int = 2, **objects: Any) -> None:
         """Asks for a checkpoint in `folder`. Local, returns at once; one rank is enough, and all may ask.
@@ -87,6 +91,11 @@ class SaveAndLoad:
         """
         self._check_open()
         request = _request(folder, keep, objects)
+        self._resumed_objects = objects
+        if self._is_waiting:
+            step = self._take_place(objects)
+            self._saving.arm(request)
+            return step
         step = restoring.resume(request.folder, objects, self._state, self._group)
         self._saving.arm(request)
         return step

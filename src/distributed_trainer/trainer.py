@@ -75,7 +75,7 @@ class DistributedTrainer(OwnLoop, SaveAndLoad, Elastic):
         self._state = TrainingState(model, replica, self._positions, device, options.split_batches)
         self._saving = Saving(self._state, groups[1], groups[2], meets_at_exit=owns_groups)
         self._fitting = FittingPieces(model, groups[1], device)
-        self._agreement = Agreement(groups[1], options, lambda: self._saving.flags)
+        self._agreement = Agreement(groups[1], options, self._flags)
         self._first_world_size = groups[1].size()
         self._join(groups, local_rank, replica)
 

@@ -68,7 +68,15 @@ class TrainingState:
     def take(
         self, numbers: Mapping[str, int | None], objects: Mapping[str, Any] | None, rank: int, num_ranks: int
     ) -> OwnPart:
-        """Copies what this rank writes.
+        """Copies what this rank writes. Arguments and errors as of `collect`."""
+        own, states, about = self.collect(numbers, objects, rank, num_ranks)
+        pieces = [piece for name, value in own.items() for piece in pieces_of(name, value)]
+        return OwnPart(copy_to_files(pieces, f"rank-{rank:05}"), _describe(pieces), states, about)
+
+    def collect(
+        self, numbers: Mapping[str, int | None], objects: Mapping[str, Any] | None, rank: int, num_ranks: int
+    ) -> tuple[dict[str, Tensor | Part], Any, dict[str, Any]]:
+        """What this rank writes: its tensors, as they are in memory; the form of all states; what is its own.
 
         Args:
             numbers: The names of what is saved, and what `numbers_of` has said on the rank that writes the states.
@@ -96,7 +104,6 @@ class TrainingState:
         # Those that evaluation has changed differ between ranks; the next step gives all ranks those of the first.
         owners |= {f"{MODEL}.{name}": 0 for name, _ in self._model.named_buffers()}
         own |= {name: value for name, value in common.items() if owners.get(name, rank) == rank}
-        pieces = [piece for name, value in own.items() for piece in pieces_of(name, value)]
         position, streams = self._positions.state(self.replica.progress)
         replica = self.replica
         about = {
@@ -105,8 +112,7 @@ class TrainingState:
             "progress": [replica.num_steps, replica.num_sums, replica.num_skipped_steps],
             "position": position,
         }
-        prefix = f"rank-{rank:05}"
-        return OwnPart(copy_to_files(pieces, prefix), _describe(pieces), states if objects is not None else None, about)
+        return own, states if objects is not None else None, about
 
     def check(self, checkpoint: Checkpoint, objects: Mapping[str, Any]) -> None:
         """Raises ValueError if a checkpoint is of another model, or of other objects. Local."""

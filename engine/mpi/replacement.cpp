@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mpi/replacement.hpp"
+
+#include <chrono>
+#include <optional>
+#include <utility>
+
+#include "mpi/library.hpp"
+#include "mpi/ulfm.hpp"
+
+namespace dtrain::mpi {
+namespace {
+
+constexpr int ready_tag = 1;
+constexpr int answer_tag = 2;
+constexpr int meeting_tag = 3;
+constexpr char admitted = 1;
+constexpr char dismissed = 0;
+
+bool has_lost(MPI_Comm connection) {
+  int flag = 0;
+  MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_SELF, &flag, MPI_STATUS_IGNORE);
+  MPI_Group failed = MPI_GROUP_NULL;
+  if (MPIX_Comm_get_failed(connection, &failed) != MPI_SUCCESS) return true;
+  int size = 0;
+  MPI_Group_size(failed, &size);
+  MPI_Group_free(&failed);
+  return size > 0;
+}
+
+// From the pair of the starting rank (0) and the new process (1), and the ranks on this side.
+MPI_Comm merge(MPI_Comm own_side, MPI_Comm pair, bool is_new) {
+  MPI_Comm between = MPI_COMM_NULL;
+  MPI_Comm merged = MPI_COMM_NULL;
+  check(MPI_Intercomm_create(own_side, 0, pair, is_new ? 0 : 1, meeting_tag, &between), "MPI_Intercomm_create");
+  const int code = MPI_Intercomm_merge(between, is_new ? 1 : 0, &merged);
+  MPI_Comm_free(&between);
+  check(code, "MPI_Intercomm_merge");
+  return merged;
+}
+
+}  // namespace
+
+Replacement::Replacement(const std::string& command, const std::vector<std::string>& arguments,
+                         const std::string& folder)
+    : thread_([this, command, arguments, folder] { start(command, arguments, folder); }) {}
+
+Replacement::~Replacement() {
+  if (thread_.joinable()) thread_.join();
+}
+
+void Replacement::start(std::string command, std::vector<std::string> arguments, std::string folder) {
+  std::vector<char*> argv;
+  for (std::string& argument : arguments) argv.push_back(argument.data());
+  argv.push_back(nullptr);
+  MPI_Info info = MPI_INFO_NULL;
+  MPI_Info_create(&info);
+  MPI_Info_set(info, "wdir", folder.c_str());
+  MPI_Comm self = MPI_COMM_NULL;
+  int code = MPI_Comm_dup(MPI_COMM_SELF, &self);
+  if (code == MPI_SUCCESS) {
+    MPI_Comm_set_errhandler(self, MPI_ERRORS_RETURN);
+    code = MPI_Comm_spawn(command.data(), argv.data(), 1, info, 0, self, &connection_, MPI_ERRCODES_IGNORE);
+    MPI_Comm_free(&self);
+  }
+  MPI_Info_free(&info);
+  if (code == MPI_SUCCESS) MPI_Comm_set_errhandler(connection_, MPI_ERRORS_RETURN);
+  has_failed_ = code != MPI_SUCCESS;
+  is_started_ = true;
+}
+
+bool Replacement::is_ready() {
+  if (!is_started_ || has_failed_) return false;
+  int has_come = 0;
+  has_failed_ = MPI_Iprobe(0, ready_tag, connection_, &has_come, MPI_STATUS_IGNORE) != MPI_SUCCESS;
+  return has_come != 0;
+}
+
+bool Replacement::has_failed() {
+  if (is_started_ && !has_failed_) has_failed_ = has_lost(connection_);
+  return has_failed_;
+}
+
+void Replacement::dismiss() {
+  if (thread_.joinable()) thread_.join();
+  if (has_failed()) return;
+  if (MPI_Send(&dismissed, 1, MPI_BYTE, 0, answer_tag, connection_) == MPI_SUCCESS) MPI_Comm_disconnect(&connection_);
+}
+
+bool Replacement::is_this_process() {
+  MPI_Comm parent = MPI_COMM_NULL;
+  check(MPI_Comm_get_parent(&parent), "MPI_Comm_get_parent");
+  return parent != MPI_COMM_NULL;
+}
+
+std::optional<Communicator> Replacement::join() {
+  MPI_Comm parent = MPI_COMM_NULL;
+  check(MPI_Comm_get_parent(&parent), "MPI_Comm_get_parent");
+  check(MPI_Comm_set_errhandler(parent, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  char answer = dismissed;
+  check(MPI_Send(&answer, 1, MPI_BYTE, 0, ready_tag, parent), "MPI_Send");
+  for (int has_come = 0; has_come == 0;) {
+    check(MPI_Iprobe(0, answer_tag, parent, &has_come, MPI_STATUS_IGNORE), "MPI_Iprobe");
+    if (has_lost(parent)) throw Error("the rank that has started this one is gone");
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  check(MPI_Recv(&answer, 1, MPI_BYTE, 0, answer_tag, parent, MPI_STATUS_IGNORE), "MPI_Recv");
+  if (answer == dismissed) {
+    MPI_Comm_disconnect(&parent);
+    return std::nullopt;
+  }
+  MPI_Comm pair = MPI_COMM_NULL;
+  check(MPI_Intercomm_merge(parent, 1, &pair), "MPI_Intercomm_merge");
+  MPI_Comm_set_errhandler(pair, MPI_ERRORS_RETURN);
+  const Communicator merged(merge(MPI_COMM_SELF, pair, true));
+  MPI_Comm_free(&pair);
+  MPI_Comm_free(&parent);
+  return merged;
+}
+
+Communicator admit(const Communicator& living, Replacement* own) {
+  MPI_Comm pair = MPI_COMM_NULL;
+  std::optional<Communicator> merged;
+  std::string reason = "another rank has failed";
+  try {
+    if (own != nullptr) {
+      char ready = 0;
+      check(MPI_Recv(&ready, 1, MPI_BYTE, 0, ready_tag, own->connection_, MPI_STATUS_IGNORE), "MPI_Recv");
+      check(MPI_Send(&admitted, 1, MPI_BYTE, 0, answer_tag, own->connection_), "MPI_Send");
+      check(MPI_Intercomm_merge(own->connection_, 0, &pair), "MPI_Intercomm_merge");
+      MPI_Comm_set_errhandler(pair, MPI_ERRORS_RETURN);
+    }
+    merged = Communicator(merge(living.handle_, pair, false));
+  } catch (const Error& error) {
+    reason = error.what();
+    living.revoke();  // others may wait for this rank
+    if (pair != MPI_COMM_NULL) MPIX_Comm_revoke(pair);
+  }
+  int have_all = merged ? 1 : 0;  // works on a revoked one, and says the same to all that live
+  if (MPIX_Comm_agree(living.handle_, &have_all) != MPI_SUCCESS) have_all = 0;
+  if (have_all == 0) {
+    if (merged) merged->revoke();
+    throw Error("a new process could not be admitted: " + reason);
+  }
+  if (own != nullptr) {
+    MPI_Comm_free(&pair);
+    MPI_Comm_free(&own->connection_);
+  }
+  return *merged;
+}
+
+}  // namespace dtrain::mpi
