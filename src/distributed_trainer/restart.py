@@ -56,6 +56,8 @@ def supervise(
         path.unlink(missing_ok=True)
         has_started, is_complete = record.STARTED in lines, record.COMPLETED in lines
         has_failed = any(line.startswith(record.FAILED) for line in lines)
+        if is_complete and not has_failed and code >= _BY_SIGNAL and environment.get("DTRAIN_ELASTIC") == "1":
+            return 0  # of a killed rank, without which the others have gone on
         if is_complete or has_failed or was_told_to_end or (not has_started and code < _BY_SIGNAL):
             return code or int(has_failed)
         code = code or 1  # mpirun may say 0 of a job that has lost a host
