@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training for a long time on four ranks, one of which is killed every few seconds at a random moment.
+
+SOAK_SECONDS=1800 makes it the long version. Its figures are printed with `pytest -s`.
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import is_alive
+from test_run import shell_environment
+
+SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
+BETWEEN_KILLS = (5, 15) if SECONDS > 600 else (3, 8)
+NUM_RANKS = 4
+STEPS_PER_EPOCH = 20
+STEP_SECONDS = 0.05  # at least
+
+SCRIPT = """
+import os, random, sys, time
+import torch
+from torch import nn
+from distributed_trainer import create_distributed_trainer
+
+num_epochs, seconds = int(sys.argv[1]), float(sys.argv[2])
+random.seed(3)
+torch.manual_seed(1)
+model = nn.Sequential(nn.Linear(20, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 5))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+trainer = create_distributed_trainer(model, reproducible=8)
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100, 0.99)
+inputs = torch.randn(1280, 20)
+loader = trainer.loader(torch.utils.data.TensorDataset(inputs, inputs[:, :5].argmax(1)), 64, shuffle=True)
+open(f"{os.getpid()}.pid", "w").close()
+trainer.resume("checkpoints", optimizer=optimizer, scheduler=scheduler)
+for epoch in trainer.epochs(num_epochs):
+    for x, y in loader:
+        loss = trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizer)
+        scheduler.step()
+        time.sleep(seconds)
+    if trainer.rank == 0:
+        print("epoch", epoch, loss.item(), trainer.world_size, flush=True)
+if trainer.rank == 0:
+    torch.save([model.state_dict(), optimizer.state_dict(), scheduler.state_dict(), loss], "end.pt")
+"""
+
+
+@pytest.mark.long
+def test_soak(tmp_path):
+    if b"Open MPI) 5" not in subprocess.run(["mpirun", "--version"], capture_output=True, check=True).stdout:
+        pytest.skip("needs Open MPI 5, whose ranks outlive each other")
+    seed = random.randrange(1 << 32)
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    num_epochs = max(1, int(SECONDS / STEP_SECONDS / STEPS_PER_EPOCH))
+    reference, soak = tmp_path / "reference", tmp_path / "soak"
+    for folder in (reference, soak):
+        folder.mkdir()
+        (folder / "train.py").write_text(SCRIPT)
+    environment = shell_environment(TMPDIR=str(tmp_path))
+    segments = set(os.listdir("/dev/shm"))
+    command = [sys.executable, "-m", "distributed_trainer", "run", "--elastic", "-np", str(NUM_RANKS), "train.py"]
+    with (soak / "out").open("wb") as out, (soak / "err").open("wb") as err:
+        process = subprocess.Popen(
+            [*command, str(num_epochs), str(STEP_SECONDS)],
+            cwd=soak,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+        )
+    try:
+        num_kills, usage = _kill_now_and_then(process, soak, rng)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+    text = (soak / "out").read_text() + (soak / "err").read_text(errors="replace")
+    assert process.returncode == 0, text[-5000:]
+    assert "restart 1" not in text
+    num_survived = len(re.findall("training goes on with", text)) - len(re.findall("taken the place", text))
+    print(f"{num_kills} kills, {num_survived} times ranks were lost, {len(re.findall('taken the place', text))} replaced")
+    subprocess.run([sys.executable, "train.py", str(num_epochs), "0"], cwd=reference, env=environment, check=True)
+    expected, found = (torch.load(folder / "end.pt", weights_only=False) for folder in (reference, soak))
+    _assert_same(expected, found)
+    assert set(os.listdir("/dev/shm")) <= segments
+    for pid, rows in usage.items():
+        print(f"process {pid}: {len(rows)} looks; descriptors, MB: {rows[0]} first, {rows[-1]} last, {max(rows)} most")
+        settled = rows[len(rows) // 2 :]
+        assert settled[-1][0] <= settled[0][0] + 16, (pid, rows)
+        assert settled[-1][1] <= 1.1 * settled[0][1] + 20, (pid, rows)
+
+
+def _kill_now_and_then(process, folder, rng):
+    """Until the job ends: how many ranks it has killed; of each rank the descriptors and MB that it had, each second."""
+    usage = defaultdict(list)
+    num_kills, next_kill = 0, time.monotonic() + 10
+    deadline = time.monotonic() + 4 * SECONDS + 120
+    while process.poll() is None:
+        assert time.monotonic() < deadline, "the job does not end"
+        time.sleep(0.2)
+        pids = [pid for pid in (int(file.stem) for file in folder.glob("*.pid")) if is_alive(pid)]
+        for pid in pids:
+            usage[pid].append((len(os.listdir(f"/proc/{pid}/fd")), _megabytes(pid)))
+        if time.monotonic() > next_kill and len(pids) == NUM_RANKS:
+            time.sleep(rng.random() * 2 * STEP_SECONDS)
+            os.kill(rng.choice(pids), signal.SIGKILL)
+            num_kills += 1
+            next_kill = time.monotonic() + rng.uniform(*BETWEEN_KILLS)
+    return num_kills, {pid: rows for pid, rows in usage.items() if len(rows) >= 10}
+
+
+def _megabytes(pid):
+    """What the process has to itself, in MB: shared memory is that of all."""
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_text().split()
+    except OSError:
+        return 0
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGESIZE") >> 20
+
+
+def _assert_same(expected, found):
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(expected, found)
+    elif isinstance(expected, dict):
+        assert expected.keys() == found.keys()
+        for key in expected:
+            _assert_same(expected[key], found[key])
+    elif isinstance(expected, list):
+        for one, other in zip(expected, found, strict=True):
+            _assert_same(one, other)
+    else:
+        assert expected == found
