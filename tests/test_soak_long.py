@@ -55,6 +55,7 @@ if trainer.rank == 0:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(6 * SECONDS + 300)
 def test_soak(tmp_path):
     if b"Open MPI) 5" not in subprocess.run(["mpirun", "--version"], capture_output=True, check=True).stdout:
         pytest.skip("needs Open MPI 5, whose ranks outlive each other")
