@@ -285,7 +285,9 @@ std::string Watch::memory_note() const {
 std::string Watch::describe_places() { return dtrain::describe_places(collect(everyone())); }
 
 bool Watch::is_rank_lost() {
-  return std::ranges::any_of(collect(everyone()), [this](const Snapshot& seen) { return is_lost(seen); });
+  return std::ranges::any_of(collect(everyone()), [this](const Snapshot& seen) {
+    return seen.state == State::dead || is_lost(seen);
+  });
 }
 
 std::vector<int> Watch::everyone() const {

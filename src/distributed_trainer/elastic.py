@@ -42,7 +42,7 @@ from .reporting import Reporter
 from .saving import Saving
 from .training_state import TrainingState
 
-_MOST_TRIES = 3  # to start a process, one after the other
+_MOST_TRIES = 4  # to start a process, one after the other; at the last it is said that there will be none
 
 logger = logging.getLogger("distributed_trainer")
 
@@ -113,6 +113,7 @@ class Elastic:
         obstacles = {
             "with shard_optimizer a killed rank takes its part of the optimizer's state along": options.shard_optimizer,
             "with compression a killed rank takes along what it has not sent yet": options.compression is not None,
+            "NCCL does not give up what a killed rank has begun": self.device.type != "cpu",
             "with split_batches=False a killed rank takes its samples along": not options.split_batches,
             "the script has several trainers": len(_trainers) > 0,
         }
@@ -124,6 +125,10 @@ class Elastic:
         _trainers.add(self)
         self._is_elastic, self._saving.repeat = True, self._repeat
         return None
+
+    def _end_elastic(self) -> None:
+        """Leaves other trainers of the script alone. Local."""
+        _trainers.discard(self)
 
     def _survive(
         self,
@@ -253,6 +258,9 @@ class Elastic:
             return
         if not engine.has_replacement():
             self._num_tries_left -= 1
+            if not self._num_tries_left:
+                logger.warning("no process could be started in the place of a killed one; training goes on without.")
+                return
             engine.start_replacement(sys.executable, sys.orig_argv[1:], launch.START_DIRECTORY)
 
     @property

@@ -23,6 +23,7 @@ _FILL_HOSTS = {  # ranks of a host have successive numbers
     "PRTE_MCA_rmaps_default_mapping_policy": "slot",
     "OMPI_MCA_rmaps_base_mapping_policy": "slot",
 }
+_FILL_AND_OVERSUBSCRIBE = {"PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe"}
 _NO_BINDING = {  # two ranks would get one core each, however many there are
     "PRTE_MCA_hwloc_default_binding_policy": "none",
     "OMPI_MCA_hwloc_base_binding_policy": "none",
@@ -38,14 +39,16 @@ def mpirun_environment(num_ranks: int) -> dict[str, str]:
     return _without_set(_OVERSUBSCRIBE | _settings(is_crowded, has_network_cards()))
 
 
-def mpirun_environment_for_hosts(is_crowded: bool, has_cards: bool) -> dict[str, str]:
+def mpirun_environment_for_hosts(is_crowded: bool, has_cards: bool, is_elastic: bool = False) -> dict[str, str]:
     """The same for several machines, where a hostfile or a scheduler says how many ranks each takes.
 
     Args:
         is_crowded: A machine gets more ranks than it has cores.
         has_cards: A machine may have network cards of the kind that `has_network_cards` looks for.
+        is_elastic: New processes may take the places of killed ones, which Open MPI takes for occupied.
     """
-    return _without_set(_FILL_HOSTS | _settings(is_crowded, has_cards))
+    placement = _FILL_HOSTS | (_FILL_AND_OVERSUBSCRIBE if is_elastic else {})
+    return _without_set(placement | _settings(is_crowded, has_cards))
 
 
 def elastic_settings(mpi: MPILibrary) -> tuple[list[str], dict[str, str]]:
@@ -59,8 +62,6 @@ def elastic_settings(mpi: MPILibrary) -> tuple[list[str], dict[str, str]]:
     settings["OMPI_MCA_async_mpi_finalize"] = "1"  # else the end of MPI may wait for the dead
     # Of a new process not all ranks know whether it is on their machine, and they would choose different algorithms.
     settings["OMPI_MCA_coll"] = "^han"
-    # The dead keep their places.
-    settings |= {name: value for name, value in _OVERSUBSCRIBE.items()}
     return ["--with-ft", "ulfm"], settings
 
 

@@ -187,9 +187,9 @@ def make_plan(
     num_ranks, hosts, request, warnings = options.num_ranks, None, None, []
     if options.hostfile:
         request = _request(mpi, program, words, script, forwarded)
-        hosts, settings, warnings = _prepare_hosts(options, request)
+        hosts, settings, warnings = _prepare_hosts(options, request, is_elastic)
     elif is_in_allocation():
-        settings = mpirun.mpirun_environment_for_hosts(is_crowded=False, has_cards=True)
+        settings = mpirun.mpirun_environment_for_hosts(is_crowded=False, has_cards=True, is_elastic=is_elastic)
     else:
         forwarded = {}
         num_ranks = num_ranks or host_facts.num_gpus() or host_facts.num_cores()
@@ -264,7 +264,7 @@ def _request(
 
 
 def _prepare_hosts(
-    options: argparse.Namespace, request: preflight.Request
+    options: argparse.Namespace, request: preflight.Request, is_elastic: bool
 ) -> tuple[list[Host], dict[str, str], list[str]]:
     """Returns the ranks of each host, the variables for mpirun, and warnings."""
     hosts = read_hostfile(options.hostfile)
@@ -273,7 +273,7 @@ def _prepare_hosts(
         if is_open:
             raise ValueError(f"{options.hostfile} gives no slots, so --no-preflight needs -np.")
         placed = place_ranks(hosts, options.num_ranks, {}, options.oversubscribe)
-        return placed, mpirun.mpirun_environment_for_hosts(is_crowded=False, has_cards=True), []
+        return placed, mpirun.mpirun_environment_for_hosts(False, True, is_elastic), []
     if not is_open:
         hosts = place_ranks(hosts, options.num_ranks, {}, options.oversubscribe)
     facts = preflight.check_hosts(options.hostfile, [host.name for host in hosts], request)
@@ -289,7 +289,7 @@ def _prepare_hosts(
             request.mpi_family, num_ranks, fact["free_shared_memory"], host.name
         )
     has_cards = any(fact["network_cards"] for fact in facts.values())
-    return hosts, mpirun.mpirun_environment_for_hosts(is_crowded, has_cards), warnings
+    return hosts, mpirun.mpirun_environment_for_hosts(is_crowded, has_cards, is_elastic), warnings
 
 
 def _mpirun_options(

@@ -400,6 +400,7 @@ class DistributedTrainer(OwnLoop, SaveAndLoad, Elastic):
 
     def _close(self, meets: bool) -> None:
         self._is_closed = True
+        self._end_elastic()
         for group in self._own_groups:
             group.close()
         try:
