@@ -68,7 +68,6 @@ def test_soak(tmp_path):
         folder.mkdir()
         (folder / "train.py").write_text(SCRIPT)
     environment = shell_environment(TMPDIR=str(tmp_path))
-    segments = set(os.listdir("/dev/shm"))
     command = [sys.executable, "-m", "distributed_trainer", "run", "--elastic", "-np", str(NUM_RANKS), "train.py"]
     with (soak / "out").open("wb") as out, (soak / "err").open("wb") as err:
         process = subprocess.Popen(
@@ -95,7 +94,8 @@ def test_soak(tmp_path):
     subprocess.run([sys.executable, "train.py", str(num_epochs), "0"], cwd=reference, env=environment, check=True)
     expected, found = (torch.load(folder / "end.pt", weights_only=False) for folder in (reference, soak))
     _assert_same(expected, found)
-    assert set(os.listdir("/dev/shm")) <= segments
+    assert not list(Path("/dev/shm").glob(f"distributed-trainer-{process.pid}-*"))
+    assert not list(tmp_path.glob(".distributed-trainer*"))
     for pid, rows in usage.items():
         print(f"process {pid}: {len(rows)} looks; descriptors, MB: {rows[0]} first, {rows[-1]} last, {max(rows)} most")
         settled = rows[len(rows) // 2 :]

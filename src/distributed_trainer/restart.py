@@ -6,14 +6,16 @@ The script goes on from its newest checkpoint by itself. A job that a script's e
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -51,7 +53,8 @@ def supervise(
         _say(f"running {shlex.join(command)}")
         began = time.monotonic()
         path.unlink(missing_ok=True)
-        code, was_told_to_end = _run(command, environment)
+        with _place_for_segments(environment, hosts) as place:
+            code, was_told_to_end = _run(command, {**environment, **place})
         lines = record.read(path)
         path.unlink(missing_ok=True)
         has_started, is_complete = record.STARTED in lines, record.COMPLETED in lines
@@ -93,6 +96,18 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, b
         for number, handler in previous.items():
             signal.signal(number, handler)
     return code if code >= 0 else _BY_SIGNAL - code, was_told_to_end
+
+
+@contextlib.contextmanager
+def _place_for_segments(environment: Mapping[str, str], hosts: Sequence[Host] | None) -> Iterator[dict[str, str]]:
+    """Has Open MPI put shared memory of one machine's ranks into a folder of ours: it leaves that of killed ones."""
+    name, folder = "OMPI_MCA_btl_sm_backing_directory", "/dev/shm"
+    if hosts is not None or name in environment or not os.access(folder, os.W_OK):
+        yield {}
+        return
+    prefix = f"distributed-trainer-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True) as made:
+        yield {name: made}
 
 
 def _end_with_parent() -> None:

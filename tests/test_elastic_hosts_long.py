@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`distributed-trainer run --elastic` on two hosts: ranks of both are killed, and new processes take their places."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from hosts import Hosts, require
+from test_run_hosts_long import Shell
+
+pytestmark = pytest.mark.long
+
+SCRIPT = """
+import os, random, signal, time
+import torch
+from torch import nn
+from distributed_trainer import create_distributed_trainer
+
+random.seed(3)
+torch.manual_seed(1)
+model = nn.Sequential(nn.Linear(20, 512), nn.ReLU(), nn.Linear(512, 300), nn.ReLU(), nn.Linear(300, 5))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+trainer = create_distributed_trainer(model, reproducible=8)
+inputs = torch.randn(640, 20)
+loader = trainer.loader(torch.utils.data.TensorDataset(inputs, inputs[:, :5].argmax(1)), 64, shuffle=True)
+step = trainer.resume("none", optimizer=optimizer) or 0
+was_whole, kills = trainer.world_size == 4, int(os.environ.get("KILLS", "0"))
+for epoch in trainer.epochs(60):
+    for x, y in loader:
+        trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizer)
+        step += 1
+        time.sleep(0.05 * (kills > 0))
+        # A rank of each host in turn, once all are there.
+        if step % 150 == 20 and step // 150 < kills and trainer.world_size == 4 and trainer.rank == (3, 0)[step // 150]:
+            os.kill(os.getpid(), signal.SIGKILL)
+if trainer.rank == 0:
+    torch.save([parameter.detach() for parameter in model.parameters()], f"end-{kills}.pt")
+print("end", trainer.rank, trainer.world_size, flush=True)
+"""
+
+
+@pytest.mark.timeout(200)
+def test_killed_on_both_hosts(tmp_path):
+    require()
+    with Hosts(2) as hosts:
+        shell = Shell(hosts, tmp_path)
+        (tmp_path / "train.py").write_text(SCRIPT)
+        (tmp_path / "hosts.txt").write_text("".join(f"{name} slots=2\n" for name in hosts.names))
+
+        def run(command, kills):
+            with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+                code = subprocess.call(
+                    [*hosts._enter(0, mounts=True), "sh", "-c", f"cd {tmp_path} && {sys.executable} {command}"],
+                    env=shell.environment | {"OMP_NUM_THREADS": "1", "KILLS": str(kills)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    timeout=150,
+                )
+            out, err = (tmp_path / "out").read_text(), (tmp_path / "err").read_text(errors="replace")
+            assert code == 0, out + err
+            return out, err
+
+        out, err = run("-m distributed_trainer run --elastic -x KILLS --hostfile hosts.txt train.py", kills=2)
+        assert len(re.findall("1 of 4 ranks were killed: training goes on with 3", err)) == 2, err
+        assert len(re.findall("a new process has taken the place", err)) == 2, err
+        assert sorted(re.findall("^end .*", out, re.M)) == [f"end {rank} 4" for rank in range(4)]
+        run("train.py", kills=0)
+        expected, found = (torch.load(tmp_path / f"end-{kills}.pt") for kills in (0, 2))
+        assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
