@@ -1,8 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mpi/replacement.hpp"
 
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <chrono>
+#include <csignal>
+#include <cstdint>
+#include <fstream>
+#include <functional>
 #include <optional>
+#include <sstream>
 #include <utility>
 
 #include "mpi/library.hpp"
@@ -11,11 +19,73 @@
 namespace dtrain::mpi {
 namespace {
 
+constexpr int greeting_tag = 0;
 constexpr int ready_tag = 1;
 constexpr int answer_tag = 2;
 constexpr int meeting_tag = 3;
 constexpr char admitted = 1;
 constexpr char dismissed = 0;
+constexpr std::chrono::seconds longest_admission(20);
+constexpr std::chrono::milliseconds between_looks(5);
+
+// Calls `give_up` if the process at the other end dies, or nothing comes of it in time, unless it ends before: MPI need not
+// notice the death of a process that is not in this one's world yet.
+class Guard {
+ public:
+  Guard(pid_t other, std::function<void()> give_up)
+      : thread_([this, other, give_up = std::move(give_up)] {
+          const auto deadline = std::chrono::steady_clock::now() + longest_admission;
+          while (!is_over_) {
+            if (has_died(other) || std::chrono::steady_clock::now() > deadline) return give_up();
+            std::this_thread::sleep_for(between_looks);
+          }
+        }) {}
+  ~Guard() {
+    is_over_ = true;
+    thread_.join();
+  }
+  Guard(const Guard&) = delete;
+  Guard& operator=(const Guard&) = delete;
+
+  // Of a process on this machine; false of others.
+  static bool has_died(pid_t process) {
+    if (process == 0) return false;
+    const std::ifstream file("/proc/" + std::to_string(process) + "/stat");
+    std::ostringstream text;
+    text << file.rdbuf();
+    const std::string stat = text.str();
+    const std::size_t end = stat.rfind(')');
+    return end == std::string::npos || end + 2 >= stat.size() || stat[end + 2] == 'Z' || stat[end + 2] == 'X';
+  }
+
+ private:
+  std::atomic<bool> is_over_ = false;
+  std::thread thread_;
+};
+
+// What the two ends tell each other of themselves.
+struct Introduction {
+  std::uint64_t pid_namespace;
+  std::int64_t pid;
+
+  static Introduction own() {
+    struct stat about{};
+    const bool is_known = stat("/proc/self/ns/pid", &about) == 0;
+    return {is_known ? static_cast<std::uint64_t>(about.st_ino) ^ boot() : 0, getpid()};
+  }
+
+  // Its number here, or 0.
+  pid_t here() const { return pid_namespace != 0 && pid_namespace == own().pid_namespace ? static_cast<pid_t>(pid) : 0; }
+
+ private:
+  // Namespaces have the same numbers on all machines.
+  static std::uint64_t boot() {
+    std::ifstream file("/proc/sys/kernel/random/boot_id");
+    std::string id;
+    std::getline(file, id);
+    return std::hash<std::string>()(id);
+  }
+};
 
 bool has_lost(MPI_Comm connection) {
   int flag = 0;
@@ -64,7 +134,11 @@ void Replacement::start(std::string command, std::vector<std::string> arguments,
     MPI_Comm_free(&self);
   }
   MPI_Info_free(&info);
-  if (code == MPI_SUCCESS) MPI_Comm_set_errhandler(connection_, MPI_ERRORS_RETURN);
+  if (code == MPI_SUCCESS) {
+    MPI_Comm_set_errhandler(connection_, MPI_ERRORS_RETURN);
+    const Introduction own = Introduction::own();
+    code = MPI_Send(&own, sizeof(own), MPI_BYTE, 0, greeting_tag, connection_);
+  }
   has_failed_ = code != MPI_SUCCESS;
   is_started_ = true;
 }
@@ -97,18 +171,22 @@ std::optional<Communicator> Replacement::join() {
   MPI_Comm parent = MPI_COMM_NULL;
   check(MPI_Comm_get_parent(&parent), "MPI_Comm_get_parent");
   check(MPI_Comm_set_errhandler(parent, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
-  char answer = dismissed;
-  check(MPI_Send(&answer, 1, MPI_BYTE, 0, ready_tag, parent), "MPI_Send");
+  Introduction starter{};
+  check(MPI_Recv(&starter, sizeof(starter), MPI_BYTE, 0, greeting_tag, parent, MPI_STATUS_IGNORE), "MPI_Recv");
+  const Introduction own = Introduction::own();
+  check(MPI_Send(&own, sizeof(own), MPI_BYTE, 0, ready_tag, parent), "MPI_Send");
   for (int has_come = 0; has_come == 0;) {
     check(MPI_Iprobe(0, answer_tag, parent, &has_come, MPI_STATUS_IGNORE), "MPI_Iprobe");
-    if (has_lost(parent)) throw Error("the rank that has started this one is gone");
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (has_lost(parent) || Guard::has_died(starter.here())) throw Error("the rank that has started this one is gone");
+    std::this_thread::sleep_for(between_looks);
   }
+  char answer = dismissed;
   check(MPI_Recv(&answer, 1, MPI_BYTE, 0, answer_tag, parent, MPI_STATUS_IGNORE), "MPI_Recv");
   if (answer == dismissed) {
     MPI_Comm_disconnect(&parent);
     return std::nullopt;
   }
+  const Guard guard(starter.here(), [] { kill(getpid(), SIGKILL); });  // the others then go on without this one
   MPI_Comm pair = MPI_COMM_NULL;
   check(MPI_Intercomm_merge(parent, 1, &pair), "MPI_Intercomm_merge");
   MPI_Comm_set_errhandler(pair, MPI_ERRORS_RETURN);
@@ -121,11 +199,17 @@ std::optional<Communicator> Replacement::join() {
 Communicator admit(const Communicator& living, Replacement* own) {
   MPI_Comm pair = MPI_COMM_NULL;
   std::optional<Communicator> merged;
+  std::optional<Guard> guard;
   std::string reason = "another rank has failed";
   try {
     if (own != nullptr) {
-      char ready = 0;
-      check(MPI_Recv(&ready, 1, MPI_BYTE, 0, ready_tag, own->connection_, MPI_STATUS_IGNORE), "MPI_Recv");
+      Introduction other{};
+      const MPI_Comm connection = own->connection_;
+      check(MPI_Recv(&other, sizeof(other), MPI_BYTE, 0, ready_tag, connection, MPI_STATUS_IGNORE), "MPI_Recv");
+      guard.emplace(other.here(), [connection, living] {
+        MPIX_Comm_revoke(connection);
+        living.revoke();
+      });
       check(MPI_Send(&admitted, 1, MPI_BYTE, 0, answer_tag, own->connection_), "MPI_Send");
       check(MPI_Intercomm_merge(own->connection_, 0, &pair), "MPI_Intercomm_merge");
       MPI_Comm_set_errhandler(pair, MPI_ERRORS_RETURN);

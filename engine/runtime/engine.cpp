@@ -85,7 +85,7 @@ Engine::Engine(const EngineOptions& options, mpi::Communicator world)
   const bool one_node = std::ranges::max(nodes) == 0;
   has_thread_ = size() > 1 && (!one_node || node_->num_cores() >= spare_cores_per_rank * num_local);
   waiters_spin_ = node_->num_cores() >= num_local;
-  if (!one_node) control_ = std::make_shared<mpi::Mailbox>(world_.duplicate(), true);
+  if (!one_node) control_ = std::make_shared<mpi::Mailbox>(copy_of_world(), true);
   start_watch(all_gather);
   if (has_thread_) {
     thread_ = std::make_unique<std::thread>([this] { run(); });
@@ -131,7 +131,9 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
   require_open();
   drain();
   const Watch::Waiting waiting(*watch_, ranks, set_up);
-  mpi::Communicator communicator = world_.create_group(ranks, group_tag);
+  const bool is_everyone = ranks.size() == static_cast<std::size_t>(size()) && std::ranges::is_sorted(ranks);
+  mpi::Communicator communicator =
+      options_.survives_deaths && is_everyone ? copy_of_world() : world_.create_group(ranks, group_tag);
   const AllGather all_gather = gather_over(communicator);
   auto blocks = std::make_shared<const Allocation>(node_->share(LocalGroup::block_bytes(), ranks, all_gather));
 
@@ -164,6 +166,16 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
   return group;
 }
 
+// Collective over all ranks.
+mpi::Communicator Engine::copy_of_world() {
+  if (!options_.survives_deaths) return world_.duplicate();
+  // Open MPI's create_group and dup wait for a dead rank for ever, revoked or not. This is made for it.
+  mpi::Communicator communicator = world_.shrink();
+  if (communicator.size() == size()) return communicator;
+  world_.revoke();
+  throw mpi::Error("a rank was killed while communicators were made");
+}
+
 void Engine::close_group(Group& group) {
   if (getpid() != owner_pid_) return;  // a forked child has not the group's memory
   const std::scoped_lock lock(drive_mutex_);
@@ -193,7 +205,7 @@ std::shared_ptr<mpi::Mailbox> Engine::create_mailbox() {
   std::vector<int> everyone(static_cast<std::size_t>(size()));
   std::iota(everyone.begin(), everyone.end(), 0);
   const Watch::Waiting waiting(*watch_, everyone, set_up);
-  auto mailbox = std::make_shared<mpi::Mailbox>(world_.duplicate());
+  auto mailbox = std::make_shared<mpi::Mailbox>(copy_of_world());
   mailboxes_.push_back(mailbox);
   return mailbox;
 }

@@ -141,6 +141,7 @@ class Engine {
  private:
   Engine(const EngineOptions& options, mpi::Communicator world);
   void stop_thread();
+  mpi::Communicator copy_of_world();
   void lose_rank(const std::string& reason);
   std::shared_ptr<Engine> go_on(mpi::Communicator members);
   void retire();

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // How an engine goes on without ranks that were killed.
-#include <numeric>
-
 #include "mpi/library.hpp"
 #include "runtime/engine.hpp"
 
@@ -37,11 +35,9 @@ bool Engine::has_lost_rank(milliseconds timeout) {
 std::shared_ptr<Engine> Engine::recover() {
   lose_rank("the job goes on without the ranks that were killed");
   stop_thread();
-  std::vector<int> everyone(static_cast<std::size_t>(size()));
-  std::iota(everyone.begin(), everyone.end(), 0);
   std::optional<mpi::Communicator> living;
   {
-    const Watch::Waiting waiting(*watch_, everyone, {.collective = Collective::set_up});
+    const Watch::Waiting waiting(*watch_, watch_->living(), {.collective = Collective::set_up});
     living = world_.shrink();
   }
   return go_on(*living);
@@ -78,9 +74,13 @@ bool Engine::has_ready_replacement() { return replacement_ && replacement_->is_r
 
 std::shared_ptr<Engine> Engine::admit() {
   stop_thread();
-  mpi::Communicator all = mpi::admit(world_, replacement_.get());
-  replacement_.reset();
-  return go_on(all);
+  const std::shared_ptr<mpi::Replacement> own = std::move(replacement_);
+  std::optional<mpi::Communicator> all;
+  {
+    const Watch::Waiting waiting(*watch_, watch_->living(), {.collective = Collective::set_up});
+    all = mpi::admit(world_, own.get());
+  }
+  return go_on(*all);
 }
 
 std::shared_ptr<Engine> Engine::join() {

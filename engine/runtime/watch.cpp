@@ -32,6 +32,8 @@ constexpr double share_for_answers = 0.2;
 // could take because user code does not come back.
 constexpr std::int64_t launcher_patience_ms = 2000;
 constexpr std::int64_t error_patience_ms = 5000;
+// And where they are to go on without the dead: by then they would have.
+constexpr std::int64_t recovery_patience_ms = 30000;
 
 // Of the process's one watch with a SIGTERM handler.
 std::atomic<StatusPage*> handler_page = nullptr;
@@ -60,6 +62,10 @@ Descriptor watch_process(const Origin& origin, const Origin& own) {
   errno = 0;
   if (origin.pid_namespace != own.pid_namespace) return Descriptor();
   return Descriptor(static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(origin.pid), 0)));
+}
+
+bool is_lost(const Snapshot& seen) {
+  return seen.state == State::dead || seen.state == State::stopped || seen.state == State::silent;
 }
 
 bool speaks_for_itself(const Snapshot& seen) { return seen.state == State::running || seen.state == State::ended; }
@@ -181,12 +187,6 @@ void Watch::hear(const Snapshot& seen) {
 
 void Watch::note_wanted() { own_.num_wanted.fetch_add(1); }
 
-// Whether it may never come, and so the job may have to end.
-bool Watch::is_lost(const Snapshot& seen) const {
-  return (seen.state == State::dead && !survives_deaths()) || seen.state == State::stopped ||
-         seen.state == State::silent;
-}
-
 Snapshot Watch::see(const Neighbour& neighbour) const {
   const StatusPage& page = *neighbour.page;
   Snapshot seen{neighbour.rank, State::running, page.place.read(), page.wait.read()};
@@ -284,10 +284,14 @@ std::string Watch::memory_note() const {
 
 std::string Watch::describe_places() { return dtrain::describe_places(collect(everyone())); }
 
-bool Watch::is_rank_lost() {
-  return std::ranges::any_of(collect(everyone()), [this](const Snapshot& seen) {
-    return seen.state == State::dead || is_lost(seen);
-  });
+bool Watch::is_rank_lost() { return std::ranges::any_of(collect(everyone()), is_lost); }
+
+std::vector<int> Watch::living() {
+  std::vector<int> ranks = everyone();
+  for (const Neighbour& neighbour : neighbours_) {
+    if (see(neighbour).state == State::dead) std::erase(ranks, neighbour.rank);
+  }
+  return ranks;
 }
 
 std::vector<int> Watch::everyone() const {
@@ -353,7 +357,7 @@ void Watch::look_at_wait() {
   }
   const std::vector<Snapshot> snapshots = collect(ranks);
   if (own_.wait.read().since_ms != wait.since_ms) return;  // it was over before all had answered
-  const bool is_slow_only = std::ranges::none_of(snapshots, [this](const Snapshot& seen) { return is_lost(seen); });
+  const bool is_slow_only = std::ranges::none_of(snapshots, is_lost);
   if (is_slow_only && seconds < patience_seconds_) return;
   const std::string text = describe_stall(snapshots, origins_, memory_note());
   // What follows a first report must last from one look to the next: the rank may just be on its way here.
@@ -376,13 +380,14 @@ void Watch::look_at_wait() {
 // Ends this rank's part of the job where another will never come.
 void Watch::end_silent(const std::vector<Snapshot>& snapshots, const std::string& text) {
   const bool is_any_dead = std::ranges::find(snapshots, State::dead, &Snapshot::state) != snapshots.end();
-  if (std::ranges::none_of(snapshots, [this](const Snapshot& seen) { return is_lost(seen); })) {
+  if (std::ranges::none_of(snapshots, is_lost)) {
     silent_since_ms_.reset();
     return;
   }
   const std::int64_t now = machine_now_ms();
   if (!silent_since_ms_) silent_since_ms_ = now;
-  const auto limit = is_any_dead ? launcher_patience_ms : static_cast<std::int64_t>(1000 * timeout_seconds_);
+  const std::int64_t after_death = survives_deaths() ? recovery_patience_ms : launcher_patience_ms;
+  const auto limit = is_any_dead ? after_death : static_cast<std::int64_t>(1000 * timeout_seconds_);
   if (ending_since_ms_ || now - *silent_since_ms_ < limit) return;
   ending_since_ms_ = now;
   // In a thread of its own: whoever drives the engine may be inside of MPI for ever.

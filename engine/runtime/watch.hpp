@@ -78,6 +78,9 @@ class Watch {
   void hear(const Snapshot& seen);
   void note_wanted();
 
+  // All ranks, but those of this machine that have died. Any thread.
+  std::vector<int> living();
+
   // Local. This rank has ended in good order; the thread ends.
   void close();
 
@@ -101,7 +104,6 @@ class Watch {
   void tell_of_dead();
   void lose_dead();
   bool survives_deaths() const { return engine_.lose_rank != nullptr; }
-  bool is_lost(const Snapshot& seen) const;
   void end_silent(const std::vector<Snapshot>& snapshots, const std::string& text);
   void show_stack();
   void say(const std::string& text) const;
