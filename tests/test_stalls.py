@@ -113,6 +113,35 @@ def test_slow_forward(run):
     assert job.process.wait(START_SECONDS) == 0, job.err
 
 
+OWN_LOOP = """
+def own_step():
+    with trainer.forward():
+        loss = model(torch.ones(2, 3)).sum()
+    trainer.backward(loss, weight=2)
+
+own_step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "fault"),
+    [
+        ("forward", "model.register_forward_pre_hook(lambda *_: time.sleep(3))"),
+        ("backward", "model.weight.register_hook(lambda *_: time.sleep(3))"),
+    ],
+)
+def test_own_loop(run, call, fault):
+    job = start(run, fault, culprit=1, num_ranks=2, before=OWN_LOOP, after="own_step()")
+    (line,), seconds = reports(job, 1)
+    assert seconds < REPORT_SECONDS + 0.5
+    forward, backward = (rf"\S*train.py:{line_of(job, text)}" for text in ("with trainer.", "trainer.backward"))
+    place = {"forward": forward, "backward": backward}[call]
+    sentence = rf"rank 1 \(.*\) is in {call}, {place}, since {TIME}; rank 0 waits in backward, {backward} \(.*\)"
+    assert re.fullmatch(sentence, line), f"{line}\n{sentence}"
+    check_stack(job, 1, "in <lambda>", "in own_step\n")
+    assert job.process.wait(START_SECONDS) == 0, job.err
+
+
 def test_interpreter_held(run):
     """C code that holds the interpreter's lock: no Python runs in that process, and the watch does."""
     job = start(run, "ctypes.PyDLL(None).usleep(3_500_000)")
