@@ -37,7 +37,7 @@ demo: build-openmpi  ## Train on real digits, on 2 ranks and on 1
 
 test: build test-engine  ## Tests under Open MPI and MPICH
 	.venv/bin/python -m pytest -m 'not long'
-	.venv-mpich/bin/python -m pytest -m 'not long' $(patsubst %,--ignore=tests/test_%.py,$(ANY_MPI))
+	.venv-mpich/bin/python -m pytest -m 'not long and not any_mpi' $(patsubst %,--ignore=tests/test_%.py,$(ANY_MPI))
 
 test-torch: build-openmpi build/torch-$(TORCH)/.installed  ## Tests with another torch (TORCH=2.14.1), which is GBs to download
 	build/torch-$(TORCH)/bin/python -m pytest -m 'not long'
