@@ -144,20 +144,10 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           },
           nb::arg("call"), nb::arg("file"), nb::arg("line"), "The script calls the trainer, from there. Local.")
       .def("note_return", [](Engine& self) { self.watch().note_return(); }, "And has got its result. Local.")
-      .def(
-          "describe_places",
-          [](Engine& self) {
-            const GilRelease release;
-            return self.watch().describe_places();
-          },
-          "The last note_call() of each rank, in words. Asks other nodes, which takes up to a second. Local.")
-      .def(
-          "is_rank_lost",
-          [](Engine& self) {
-            const GilRelease release;
-            return self.watch().is_rank_lost();
-          },
-          "Whether some rank is dead, stopped or silent. Likewise.")
+      .def("describe_places", [](Engine& self) { return self.watch().describe_places(); }, nb::call_guard<GilRelease>(),
+           "The last note_call() of each rank, in words. Asks other nodes, which takes up to a second. Local.")
+      .def("is_rank_lost", [](Engine& self) { return self.watch().is_rank_lost(); }, nb::call_guard<GilRelease>(),
+           "Whether some rank is dead, stopped or silent. Likewise.")
       .def("note_failure", [](Engine& self) { self.watch().note_failure(); },
            "The exception that ends this rank was printed. Local.")
       .def("close", &Engine::close, nb::call_guard<GilRelease>());
