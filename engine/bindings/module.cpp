@@ -92,12 +92,12 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
       .def(
           "__init__",
           [](Engine* self, std::uintptr_t communicator_address, int max_ranks_per_node, std::optional<int> numa_node,
-             bool initialized_mpi) {
+             bool initialized_mpi, std::optional<int> cpu_limit) {
             const GilRelease release;
-            new (self) Engine({communicator_address, max_ranks_per_node, numa_node, initialized_mpi});
+            new (self) Engine({communicator_address, max_ranks_per_node, numa_node, initialized_mpi, cpu_limit});
           },
           nb::arg("communicator_address") = 0, nb::arg("max_ranks_per_node") = 0,
-          nb::arg("numa_node") = nb::none(), nb::arg("initialized_mpi") = false,
+          nb::arg("numa_node") = nb::none(), nb::arg("initialized_mpi") = false, nb::arg("cpu_limit") = nb::none(),
           "Initialises MPI unless that was done. Collective over the communicator, blocks.")
       .def_prop_ro("rank", &Engine::rank)
       .def_prop_ro("size", &Engine::size)

@@ -158,7 +158,9 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     except MismatchError as error:
         launch.raise_once(error, launcher)
     ranks_per_node = int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0"))
-    engine = module.Engine(_address_of(comm), ranks_per_node, initialized_mpi=initialized_mpi)
+    limit = host_facts.cpu_limit()
+    cpu_limit = limit and math.ceil(limit[1])
+    engine = module.Engine(_address_of(comm), ranks_per_node, initialized_mpi=initialized_mpi, cpu_limit=cpu_limit)
     places.watch(engine)
     if not _jobs:
         record.note(record.STARTED)
@@ -172,7 +174,6 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     local_ranks = [rank for rank, node in enumerate(nodes) if node == nodes[engine.rank]]
     local_rank = local_ranks.index(engine.rank)
     first_group = ProcessGroupShmpi(engine.create_group(list(range(engine.size))), module.ReduceOp)
-    limit = host_facts.cpu_limit()
     visible, limits = zip(*gather_objects(first_group, (devices.visible_devices(), limit)), strict=True)
     cores = [set(engine.cores_of(rank)) for rank in local_ranks]
     local_limits = [limits[rank] for rank in local_ranks]
