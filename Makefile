@@ -13,6 +13,8 @@ export OMPI_MCA_btl := ^ofi
 export OMPI_MCA_osc := ^ucx
 export OMPI_MCA_mpi_yield_when_idle := 1
 export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
+# Each of the tests' ranks would compile the tests that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Tests of what is above the engine run under one MPI.
 ANY_MPI := balance batchnorm checkpoint clocks compression criterion data ddp devices direct direct_linear drift evaluate fsdp \
