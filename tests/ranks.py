@@ -58,7 +58,8 @@ def on_ranks(*jobs: int | tuple[int, int]) -> Callable[[Any], Any]:
 
 one_node = on_ranks(1, 2, 3, 4)
 everywhere = on_ranks(1, 2, 3, 4, (2, 1), (3, 2), (4, 2))  # (3, 2): machines with unequal numbers of ranks
-mixed = on_ranks(1, 2, 3, (3, 2), (4, 2))  # enough for what is above the engine: every number, one machine and two
+mixed = on_ranks(1, 2, 3, (3, 2))  # enough for what is above the engine: every number, one machine and two
+mixed_and_four = on_ranks(1, 2, 3, (3, 2), (4, 2))  # for what test_two_hosts_long.py runs as well
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "salloc", "sbatch")  # for 
 START_SECONDS = 30
 STOP_SECONDS = 5
 # TmpFS: the slurmd of all hosts see one /tmp, where their PMIx plugins would take the same folder.
+# cred_expire: seconds that a job waits which was put back into the queue; at first 120.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={controller}({controller_address})
@@ -36,6 +37,7 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
+AuthInfo=cred_expire=10
 {nodes}
 PartitionName=all Nodes=ALL Default=YES State=UP
 """

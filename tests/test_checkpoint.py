@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: a run that goes on from one is the run that was never interrupted."""
 
+import contextlib
+import gc
 import json
-import os
 import pickle
 import random
 import re
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
+import torch_groups
 from ranks import on_ranks
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -22,15 +25,6 @@ from distributed_trainer import CheckpointError, MismatchError, checkpoint, crea
 some = on_ranks(1, 2, 3)
 two = on_ranks(2)
 ADAM = torch.optim.Adam
-
-
-def wait_until(condition):
-    import time
-
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 class Net(nn.Module):
@@ -120,26 +114,49 @@ CASES = [
     *[({}, when) for when in (0, 3, 4, 12)],
     *[({"shard_optimizer": True}, when) for when in (3, 12)],
     ({"reproducible": 3}, 5),
+    ({"split_batches": False}, 4),
+    ({"process_group": "gloo"}, 4),
 ]
+
+
+@contextlib.contextmanager
+def as_arguments(options, world, folder):
+    """The options of a case, with a process group that lasts as long as the context."""
+    if "process_group" not in options:
+        yield options
+        return
+    torch_groups.start(options["process_group"], world, folder)
+    try:
+        yield {"process_group": dist.group.WORLD}
+    finally:
+        dist.destroy_process_group()
+        gc.collect()  # a gloo group that ends in a forked child, as a DataLoader worker is, waits for its threads
+
+
+def with_save(folder, when, asks, **options):
+    """What a run leads to in which some ranks ask for a save after some step."""
+    run = Run(**options)
+
+    def ask(step):
+        if step == when and asks:
+            run.trainer.save(folder, **run.objects)
+
+    ask(0)
+    run.train(after=ask)
+    return run.end()
 
 
 @pytest.mark.parametrize(("options", "when"), CASES, ids=str)
 @some
 def test_same_bits(world, shared_folder, options, when):
-    """Asked for by one rank after some step; the others learn of it, and the end is the same."""
-    losses, expected = uninterrupted(**options)
-    assert len(losses) == 12
-    run = Run(**options)
-
-    def ask(step):
-        if step == when and world.rank == world.size - 1:
-            run.trainer.save(shared_folder, **run.objects)
-
-    ask(0)
-    run.train(after=ask)
-    assert_same(run.end(), expected)
-    assert [path.name for path in shared_folder.iterdir()] == [f"step-{when:08}"]
-    step, later_losses, state = on_the_rest(shared_folder, **options)
+    """Asked for by one rank; the others learn of it, and the end is the same."""
+    folder = shared_folder / "checkpoints"
+    with as_arguments(options, world, shared_folder) as arguments:
+        losses, expected = uninterrupted(**arguments)
+        assert len(losses) == 12
+        assert_same(with_save(folder, when, world.rank == world.size - 1, **arguments), expected)
+        assert [path.name for path in folder.iterdir()] == [f"step-{when:08}"]
+        step, later_losses, state = on_the_rest(folder, **arguments)
     assert step == when
     assert_same(later_losses, losses[when:])
     assert_same(state, expected)
@@ -443,93 +460,3 @@ def test_plain_torch(world, shared_folder):
     for name in whole.keys() & {f"model.{key}" for key in model.state_dict()}:
         assert torch.equal(whole[name], run.model.state_dict()[name.removeprefix("model.")])
     assert "distributed_trainer" not in code
-
-
-# ---- whole scripts
-
-MAIN = """
-import gc
-from torch.utils.data import TensorDataset
-
-def main():
-    torch.manual_seed(0)
-    model = nn.Linear(3, 2)
-    trainer = create_distributed_trainer(model, shard_optimizer=True)
-    open(f"{trainer.rank}.pid", "w").write(str(os.getpid()))
-    optimizer = torch.optim.Adam(model.parameters())
-    print("from", trainer.resume("checkpoints", optimizer=optimizer), flush=True)
-    data = TensorDataset(torch.arange(60.0).view(20, 3), torch.arange(20) % 2)
-    loader = trainer.loader(data, 4)
-    for epoch in trainer.epochs(EPOCHS):
-        for inputs, targets in loader:
-            trainer.train_step(inputs, targets, nn.CrossEntropyLoss(), optimizer)
-            time.sleep(PAUSE)
-        print("epoch", epoch, flush=True)
-    LAST_LINE
-
-main()
-gc.collect()
-"""
-
-
-def script(epochs, pause, last_line):
-    return MAIN.replace("EPOCHS", epochs).replace("PAUSE", pause).replace("LAST_LINE", last_line)
-
-
-def finish(job):
-    assert job.process.wait(60) == 0, job.out + job.err
-    return job.out
-
-
-def test_last_line(run, tmp_path):
-    """One rank asks when there is no step any more, and the others' function has ended."""
-    finish(run(script("2", "0", "if trainer.rank == 1:\n        trainer.save('checkpoints', optimizer=optimizer)")))
-    assert os.listdir(tmp_path / "checkpoints") == ["step-00000010"]
-    out = finish(run(script("2", "0", "pass")))
-    assert out.count("from 10") == 2
-    assert "epoch" not in out
-
-
-def test_last_line_fails(run, tmp_path):
-    """The job fails then, and says why."""
-    (tmp_path / "checkpoints").touch()
-    job = run("time.sleep(0)" + script("1", "0", "trainer.save('checkpoints/a', optimizer=optimizer)"))
-    assert job.process.wait(60) != 0
-    assert job.err.count("CheckpointError: rank 0 on") == 1
-    assert "Not a directory" in job.err
-
-
-def test_left_by_exception(run):
-    """A rank that has left by an exception has a half-made step, perhaps: no save."""
-    job = run(
-        """
-trainer = create_distributed_trainer(model)
-if trainer.rank == 1:
-    try:
-        with trainer:
-            raise KeyError
-    except KeyError:
-        pass
-else:
-    trainer.save("checkpoints")
-    trainer.close()
-"""
-    )
-    assert job.process.wait(60) != 0
-    assert "the save asked for at the end was not made: rank(s) 1 left the trainer by an exception" in job.err
-
-
-def test_signal(run, tmp_path):
-    """SIGUSR1 to one rank: all save at the same step and end well; the next run goes on."""
-    job = run(script("1000", "0.01", "pass"))
-    job.wait_for("epoch 1", 2)
-    os.kill(int((tmp_path / "1.pid").read_text()), 10)
-    out = finish(job)
-    assert job.err == ""
-    (line,) = re.findall(r"distributed_trainer: SIGUSR1: saved step (\d+) in \S+checkpoints, ending", out)
-    assert os.listdir(tmp_path / "checkpoints") == [f"step-{int(line):08}"]
-    job = run(script("1000", "0.01", "pass"))
-    job.wait_for(f"from {line}", 2)
-    job.wait_for("epoch", 2)
-    first = int(re.findall(r"epoch (\d+)", job.out)[0])
-    assert first == int(line) // 5

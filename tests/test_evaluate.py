@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import mixed, on_ranks
+from ranks import mixed, mixed_and_four, on_ranks
 from test_exactness import F64, Net, NormNet, batch
 from test_microbatches import PAD, masked, num_tokens
 from torch import nn
@@ -35,7 +35,7 @@ CRITERIA = {
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@mixed
+@mixed_and_four
 def test_loss(world, sizes, criterion):
     x, y = batch(sizes[0], F64)
     y[0] = 0  # so that not all are ignored

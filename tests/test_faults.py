@@ -83,9 +83,9 @@ def test_rank_stopped(run):
 def test_mpirun_killed(run, what):
     """No rank survives it, whether it trains or is in code of the user's."""
     body = {"step": "step(trainer)", "sleep": "time.sleep(100)"}[what]
-    job = run(TRAINER + f"print('ready', flush=True)\nwhile True:\n    {body}\n", 3)
-    job.wait_for("ready", 3)
-    assert len(job.pids) == 3
+    job = run(TRAINER + f"print('ready', flush=True)\nwhile True:\n    {body}\n")
+    job.wait_for("ready", 2)
+    assert len(job.pids) == 2
     job.process.kill()
     assert not job.survivors()
 
@@ -94,8 +94,8 @@ def test_mpirun_killed(run, what):
 def test_interrupt(run, what):
     """Ctrl-C reaches mpirun, which passes it on or ends the ranks."""
     body = {"step": "step(trainer)", "sleep": "time.sleep(100)"}[what]
-    job = run(TRAINER + f"print('ready', flush=True)\nwhile True:\n    {body}\n", 3)
-    job.wait_for("ready", 3)
+    job = run(TRAINER + f"print('ready', flush=True)\nwhile True:\n    {body}\n")
+    job.wait_for("ready", 2)
     job.process.send_signal(signal.SIGINT)
     assert job.process.wait(LIMIT_SECONDS) != 0
     assert not job.survivors()
@@ -168,11 +168,11 @@ def test_no_litter(run, tmp_path):
         folders = [Path("/dev/shm"), temporary]
         before = {path for folder in folders for path in folder.rglob("*")}
         (tmp_path / name).mkdir()
-        job = Run(tmp_path / name, script, 3, TMPDIR=str(temporary))
+        job = Run(tmp_path / name, script, 2, TMPDIR=str(temporary))
         try:
-            job.wait_for("ready", 3)
+            job.wait_for("ready", 2)
             pids = job.pids
-            assert len(pids) == 3
+            assert len(pids) == 2
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
             assert not job.survivors()

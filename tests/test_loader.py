@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from ranks import mixed, on_ranks, one_node
+from ranks import mixed_and_four, on_ranks, one_node
 from test_exactness import F64, Net, NormNet, batch
 from test_microbatches import accumulated_step, assert_same, sgd
 from torch import nn
@@ -171,7 +171,7 @@ def test_wrong_arguments():
 
 
 @pytest.mark.parametrize("net", [Net, NormNet])
-@mixed
+@mixed_and_four
 def test_training(world, net):
     """Against one process on whole batches; some ranks have no part of the last batch of an epoch."""
     x, y = batch(14, F64)

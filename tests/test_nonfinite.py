@@ -18,7 +18,7 @@ from distributed_trainer import MismatchError, create_distributed_trainer, gradi
 from distributed_trainer.buckets import is_finite
 from distributed_trainer.compression import PowerSGD
 
-several = on_ranks(2, 3, (3, 2), (4, 2))
+several = on_ranks(2, 3, (3, 2))
 F64 = torch.float64
 MODES = {"plain": {}, "sharded": {"shard_optimizer": True}, "compressed": {"compression": PowerSGD(rank=1)}}
 MEAN = nn.MSELoss()

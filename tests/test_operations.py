@@ -12,7 +12,7 @@ from ranks import on_ranks
 OPERATIONS = [*tensor_operations.OPERATIONS, *group_operations.OPERATIONS]  # test_functional.py has the compiled ones
 
 
-@on_ranks(1, 4, (2, 1), (3, 2))
+@on_ranks(1, 4, (3, 2))
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's, of names that it will drop
 def test_operation(world, group, operation):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mpi4py import MPI
-from ranks import JobSpec, job_environment, mixed, mpirun_path, on_ranks
+from ranks import JobSpec, job_environment, mixed, mixed_and_four, mpirun_path, on_ranks
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -111,7 +111,7 @@ def compare(world, train, num_shards=8, dtype=torch.float32, **options):
 
 
 @pytest.mark.parametrize("num_shards", [4, 5, 8])
-@mixed
+@mixed_and_four
 def test_batches(world, num_shards):
     compare(world, train_on_batches, num_shards)
 

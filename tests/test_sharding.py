@@ -16,8 +16,8 @@ from torch import nn
 
 from distributed_trainer import MismatchError, create_distributed_trainer, gradients, sharding
 
-several = on_ranks(2, 3, (3, 2), (4, 2))
-nodes = on_ranks(2, (3, 2), (4, 2))
+several = on_ranks(2, 3, (3, 2))
+nodes = on_ranks(2, (4, 2))
 MEAN = nn.MSELoss()
 
 

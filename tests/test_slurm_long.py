@@ -10,7 +10,9 @@ import pytest
 from hosts import Hosts, require
 from on_hosts import OWN, run_tests
 from ranks import is_openmpi, mpirun_path
+from scripts import HEAD
 from slurm import PROGRAMS, slurm
+from test_resume import script
 
 from distributed_trainer.launch import mpirun_environment
 
@@ -87,3 +89,38 @@ def test_one_task(cluster):
     code, output = cluster.run(["srun", "--ntasks=1", sys.executable, f"{ROOT}/tests/smoke.py", "1"])
     assert code == 0, output
     assert "smoke test passed on 1 ranks" in output
+
+
+# What docs/reliability.md says, with a minute of time and the signal as soon as Slurm looks at it, which is every 30 s.
+JOB = """#!/bin/bash
+#SBATCH --nodes=2 --ntasks-per-node=1
+#SBATCH --time=1 --signal=USR1@59
+#SBATCH --requeue --open-mode=append
+srun --mpi={manager} {python} train.py
+echo "ended with $?"
+test -e finished || scontrol requeue $SLURM_JOB_ID
+"""
+
+
+@pytest.mark.any_mpi
+def test_time_is_over(cluster, tmp_path):
+    """The ranks save at Slurm's signal; the job puts itself back into the queue, and goes on where it was."""
+    # When it goes on: to the end of the next epoch but one.
+    epochs = "2 + int(max(os.listdir('checkpoints'))[5:]) // 5 if os.path.exists('checkpoints') else 100_000"
+    (tmp_path / "train.py").write_text(HEAD + script(epochs, "0.05", "open('finished', 'w').close()"))
+    (tmp_path / "job.sh").write_text(JOB.format(manager="pmix" if is_openmpi() else "pmi2", python=sys.executable))
+    options = [f"--chdir={tmp_path}", f"--output={tmp_path}/out"]
+    code, said = cluster.run(["sbatch", *options, f"{tmp_path}/job.sh"])
+    assert code == 0, said
+    deadline = time.monotonic() + 110
+    while not (tmp_path / "finished").exists():
+        state = cluster.run(["squeue", "--noheader", "--format=%T %r"])[1]
+        assert time.monotonic() < deadline, f"{state}{(tmp_path / 'out').read_text()}"
+        time.sleep(0.5)
+    output = (tmp_path / "out").read_text()
+    (step,) = re.findall(r"SIGUSR1: saved step (\d+) in \S+checkpoints, ending", output)
+    assert output.count("from None") == output.count(f"from {step}") == output.count(f"epoch {int(step) // 5}\n") == 2
+    while output.count("ended with 0") < 2:
+        assert time.monotonic() < deadline, output
+        time.sleep(0.1)
+        output = (tmp_path / "out").read_text()

@@ -93,9 +93,9 @@ def check_stack(job, culprit, *texts):
 
 def test_slow_data(run):
     """A rank that takes long to read a batch: named with its stack, by every rank once, and not killed."""
-    job = start(run, "time.sleep(4)", after="for _ in range(2):\n    step(trainer)\n    time.sleep(3 * (rank == 2))")
+    job = start(run, "time.sleep(3.2)", after="for _ in range(2):\n    step(trainer)\n    time.sleep(3 * (rank == 2))")
     check(job, 2, f"is in the script's own code since {TIME}, after STEP")
-    check_stack(job, 2, f'train.py", line {line_of(job, "time.sleep(4)")} in <module>')
+    check_stack(job, 2, f'train.py", line {line_of(job, "time.sleep(3.2)")} in <module>')
     assert job.process.wait(START_SECONDS) == 0, job.err
     lines, _ = reports(job, 2)
     assert len(lines) == 2, "the shorter pauses after it are not worth a word"
@@ -103,21 +103,49 @@ def test_slow_data(run):
 
 def test_slow_forward(run):
     """A long compilation, as it were."""
-    before = "model.register_forward_pre_hook(lambda *_: time.sleep(3) if rank == 2 else None)"
-    job = start(run, "pass", before=before)
-    lines, seconds = reports(job, 2)
+    before = "model.register_forward_pre_hook(lambda *_: time.sleep(3) if rank == 1 else None)"
+    job = start(run, "pass", culprit=1, num_ranks=2, before=before)
+    lines, seconds = reports(job, 1)
     assert seconds < REPORT_SECONDS + 0.5
-    assert len(set(lines)) == 1
-    assert re.match(rf"rank 2 \(\S+, process \d+\) is in train_step, \S*train.py:\d+, since {TIME}; ", lines[0])
-    check_stack(job, 2, "in <lambda>", "in train_step\n")
+    assert re.match(rf"rank 1 \(\S+, process \d+\) is in train_step, \S*train.py:\d+, since {TIME}; ", lines[0])
+    check_stack(job, 1, "in <lambda>", "in train_step\n")
+    assert job.process.wait(START_SECONDS) == 0, job.err
+
+
+OWN_LOOP = """
+def own_step():
+    with trainer.forward():
+        loss = model(torch.ones(2, 3)).sum()
+    trainer.backward(loss, weight=2)
+
+own_step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "fault"),
+    [
+        ("forward", "model.register_forward_pre_hook(lambda *_: time.sleep(3))"),
+        ("backward", "model.weight.register_hook(lambda *_: time.sleep(3))"),
+    ],
+)
+def test_own_loop(run, call, fault):
+    job = start(run, fault, culprit=1, num_ranks=2, before=OWN_LOOP, after="own_step()")
+    (line,), seconds = reports(job, 1)
+    assert seconds < REPORT_SECONDS + 0.5
+    forward, backward = (rf"\S*train.py:{line_of(job, text)}" for text in ("with trainer.", "trainer.backward"))
+    place = {"forward": forward, "backward": backward}[call]
+    sentence = rf"rank 1 \(.*\) is in {call}, {place}, since {TIME}; rank 0 waits in backward, {backward} \(.*\)"
+    assert re.fullmatch(sentence, line), f"{line}\n{sentence}"
+    check_stack(job, 1, "in <lambda>", "in own_step\n")
     assert job.process.wait(START_SECONDS) == 0, job.err
 
 
 def test_interpreter_held(run):
     """C code that holds the interpreter's lock: no Python runs in that process, and the watch does."""
-    job = start(run, "ctypes.PyDLL(None).usleep(3_500_000)")
-    check(job, 2, f"is in the script's own code since {TIME}, after STEP")
-    check_stack(job, 2, f'train.py", line {line_of(job, "usleep")} in <module>')
+    job = start(run, "ctypes.PyDLL(None).usleep(3_500_000)", culprit=1, num_ranks=2)
+    check(job, 1, f"is in the script's own code since {TIME}, after STEP", waiting="rank 0 waits in ")
+    check_stack(job, 1, f'train.py", line {line_of(job, "usleep")} in <module>')
     assert job.process.wait(START_SECONDS) == 0, job.err
 
 
@@ -155,16 +183,14 @@ def test_set_up(run):
     assert job.process.wait(START_SECONDS) == 0, job.err
 
 
-@pytest.mark.parametrize(("name", "call"), [("summary", "trainer.summary()"), ("load", "trainer.load('checkpoints')")])
-def test_another_call(run, name, call):
-    """One leaves the loop a batch early and goes on with something else: an error at once that says where each is."""
-    job = start(run, call)
+def test_other_calls(run):
+    """Two leave the loop a batch early and go on with something else: an error at once that says where each is."""
+    job = start(run, "trainer.summary()", after="trainer.load('checkpoints') if rank == 1 else step(trainer)")
     assert job.exit_code() != 0
-    places = (
-        rf"The ranks' last calls: ranks 0 and 1: train_step, \S*train.py:{line_of(job, 'return trainer.train_step')}; "
-        rf"rank 2: {name}, \S*train.py:{line_of(job, call)}\."
-    )
-    assert re.search(r"MismatchError: ranks disagree on collective .*\. " + places, job.err)
+    calls = ("return trainer.train_step", "trainer.load", "trainer.summary")
+    step, load, summary = (rf"\S*train.py:{line_of(job, text)}" for text in calls)
+    places = f"rank 0: train_step, {step}; rank 1: load, {load}; rank 2: summary, {summary}"
+    assert re.search(rf"MismatchError: ranks disagree on collective .*\. The ranks' last calls: {places}\.", job.err)
 
 
 def test_stopped_on_several_nodes(run):

@@ -11,7 +11,7 @@ from ranks import on_ranks
 
 from distributed_trainer import DistributedTrainerError
 
-some_ranks = on_ranks(2, 3, (3, 1), (4, 2))
+some_ranks = on_ranks(2, (3, 1), (4, 2))
 
 LIMIT = timedelta(seconds=1.5)
 

@@ -92,12 +92,14 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
       .def(
           "__init__",
           [](Engine* self, std::uintptr_t communicator_address, int max_ranks_per_node, std::optional<int> numa_node,
-             bool initialized_mpi, bool survives_deaths) {
+             bool initialized_mpi, std::optional<int> cpu_limit, bool survives_deaths) {
             const GilRelease release;
-            new (self) Engine({communicator_address, max_ranks_per_node, numa_node, initialized_mpi, survives_deaths});
+            new (self) Engine({communicator_address, max_ranks_per_node, numa_node, initialized_mpi, cpu_limit,
+                               survives_deaths});
           },
           nb::arg("communicator_address") = 0, nb::arg("max_ranks_per_node") = 0,
-          nb::arg("numa_node") = nb::none(), nb::arg("initialized_mpi") = false, nb::arg("survives_deaths") = false,
+          nb::arg("numa_node") = nb::none(), nb::arg("initialized_mpi") = false, nb::arg("cpu_limit") = nb::none(),
+          nb::arg("survives_deaths") = false,
           "Initialises MPI unless that was done. Collective over the communicator, blocks.")
       .def_prop_ro("rank", &Engine::rank)
       .def_prop_ro("size", &Engine::size)
@@ -144,20 +146,10 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           },
           nb::arg("call"), nb::arg("file"), nb::arg("line"), "The script calls the trainer, from there. Local.")
       .def("note_return", [](Engine& self) { self.watch().note_return(); }, "And has got its result. Local.")
-      .def(
-          "describe_places",
-          [](Engine& self) {
-            const GilRelease release;
-            return self.watch().describe_places();
-          },
-          "The last note_call() of each rank, in words. Asks other nodes, which takes up to a second. Local.")
-      .def(
-          "is_rank_lost",
-          [](Engine& self) {
-            const GilRelease release;
-            return self.watch().is_rank_lost();
-          },
-          "Whether some rank is dead, stopped or silent. Likewise.")
+      .def("describe_places", [](Engine& self) { return self.watch().describe_places(); }, nb::call_guard<GilRelease>(),
+           "The last note_call() of each rank, in words. Asks other nodes, which takes up to a second. Local.")
+      .def("is_rank_lost", [](Engine& self) { return self.watch().is_rank_lost(); }, nb::call_guard<GilRelease>(),
+           "Whether some rank is dead, stopped or silent. Likewise.")
       .def("note_failure", [](Engine& self) { self.watch().note_failure(); },
            "The exception that ends this rank was printed. Local.")
       .def(

@@ -274,7 +274,8 @@ void Group::finish_head(std::exception_ptr error) {
 }
 
 void Group::finish(const std::shared_ptr<Operation>& operation, std::exception_ptr error) {
-  if (error) {
+  // Collectives of one node make no MPI calls, messages always do.
+  if (error && (num_nodes() > 1 || operation->is_message())) {
     abandoned_.push_back(operation);  // MPI may still write into its buffers
   } else {
     operation->task_.reset();  // and its temporary memory with it

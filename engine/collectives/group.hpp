@@ -142,7 +142,7 @@ class Group {
   // A member on another node takes part in nothing after its first `num_completed` collectives.
   void note_left(int member, std::uint64_t num_completed) { left_elsewhere_[member] = num_completed; }
 
-  // Whether an operation failed on its way: MPI may still move bytes of it.
+  // Whether an operation failed on its way of which MPI may still move bytes.
   bool has_abandoned() const { return !abandoned_.empty(); }
 
   // Every operation, now and later, fails with `error`.

@@ -83,8 +83,9 @@ Engine::Engine(const EngineOptions& options, mpi::Communicator world)
     status_of_rank_[peer] = reinterpret_cast<StatusPage*>(page.data());
   }
   const bool one_node = std::ranges::max(nodes) == 0;
-  has_thread_ = size() > 1 && (!one_node || node_->num_cores() >= spare_cores_per_rank * num_local);
-  waiters_spin_ = node_->num_cores() >= num_local;
+  const int num_cores = std::min(node_->num_cores(), options.cpu_limit.value_or(node_->num_cores()));
+  has_thread_ = size() > 1 && (!one_node || num_cores >= spare_cores_per_rank * num_local);
+  waiters_spin_ = num_cores >= num_local;
   if (!one_node) control_ = std::make_shared<mpi::Mailbox>(copy_of_world(), true);
   start_watch(all_gather);
   if (has_thread_) {

@@ -36,6 +36,7 @@ struct EngineOptions {
   int max_ranks_per_node = 0;               // > 0: pretend nodes of so many ranks, for tests
   std::optional<int> numa_node = std::nullopt;  // pretend that this rank's processors are this NUMA node's, for tests
   bool initialized_mpi = false;  // introduce() has done it, so that it is this engine's to finalise
+  std::optional<int> cpu_limit = std::nullopt;  // for so many processors the ranks of this machine get time
   bool survives_deaths = false;  // of ranks: see recover(). Only where mpi::survives_deaths()
 };
 

@@ -2,6 +2,10 @@
 // What the engine promises beside the collectives: order, threads, errors, end.
 #include "runtime/engine.hpp"
 
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -12,6 +16,18 @@
 #include "collectives/errors.hpp"
 #include "collectives/parts.hpp"
 #include "ranks.hpp"
+
+namespace {
+bool pretends_many_cores = false;
+}
+
+// In the C library's place: with this flag, a process may use 64 processors.
+extern "C" int sched_getaffinity(pid_t pid, std::size_t num_bytes, cpu_set_t* cores) noexcept {
+  CPU_ZERO_S(num_bytes, cores);
+  if (!pretends_many_cores) return syscall(SYS_sched_getaffinity, pid, num_bytes, cores) < 0 ? -1 : 0;
+  for (int core = 0; core < 64; ++core) CPU_SET_S(static_cast<std::size_t>(core), num_bytes, cores);
+  return 0;
+}
 
 namespace dtrain {
 namespace {
@@ -154,6 +170,7 @@ const Test closed_group("engine: closing one group fails it alone", Runs::on_ran
     } else {
       expect_throws<RankLeft>([&] { finish(engine, operation); }, "has left the job, or closed its trainer");
       engine.close_group(*group);
+      expect_equal(group->has_abandoned(), max_ranks_per_node == 1, "MPI may still have it, between nodes");
     }
     finish(engine, engine.barrier(*other));
   }
@@ -216,6 +233,17 @@ const Test arguments("engine: arguments are looked at before anything is sent", 
   const Reduction average{.dtype = DataType::int64, .op = ReduceOp::average};
   expect_throws<std::invalid_argument>([&] { engine.all_reduce(*group, bytes_of(values), average); }, "average of int64");
   finish(engine, engine.barrier(*group));
+});
+
+const Test cores("engine: a thread of its own with four cores to a rank, and time for them", Runs::on_ranks, [] {
+  const int size = Ranks().engine.size();
+  pretends_many_cores = true;
+  for (const int missing : {0, 1}) {
+    Engine engine({.cpu_limit = 4 * size - missing});
+    expect_equal(engine.has_thread(), size > 1 && missing == 0, std::to_string(missing) + " missing");
+    engine.close();
+  }
+  pretends_many_cores = false;
 });
 
 const Test forked("engine: a forked child can drop its copy", Runs::on_ranks, [] {

@@ -84,6 +84,17 @@ const Test of_one_tag("messages: long ones of one tag keep their order, all unde
   });
 });
 
+const Test given_up("messages: MPI may still have one that was given up, on one machine too", Runs::on_ranks, [] {
+  Ranks ranks;
+  const auto group = ranks.all();
+  Bytes bytes(8);
+  const auto operation = ranks.engine.receive(*group, bytes, 0, 9, DataType::uint8);  // which nobody sends
+  expect(!group->has_abandoned(), "before");
+  ranks.engine.close_group(*group);
+  expect_throws<std::runtime_error>([&] { finish(ranks.engine, operation); }, "has closed the group");
+  expect(group->has_abandoned(), "after");
+});
+
 const Test lengths("messages: a length that does not fit is an error, and the group goes on", Runs::on_ranks, [] {
   for (const int max_ranks_per_node : {0, 1}) {
     Ranks ranks(max_ranks_per_node);

@@ -171,7 +171,9 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     elif comm is not None:
         obstacle = "the trainer's ranks are those of a communicator of the script's"
     survives_deaths = wants_elastic and obstacle is None
-    options = {"initialized_mpi": initialized_mpi, "survives_deaths": survives_deaths}
+    limit = host_facts.cpu_limit()
+    cpu_limit = limit and math.ceil(limit[1])
+    options = {"initialized_mpi": initialized_mpi, "cpu_limit": cpu_limit, "survives_deaths": survives_deaths}
     engine = module.Engine(_address_of(comm), ranks_per_node, **options)
     places.watch(engine)
     if not _jobs:
@@ -186,7 +188,6 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     local_ranks = [rank for rank, node in enumerate(nodes) if node == nodes[engine.rank]]
     local_rank = local_ranks.index(engine.rank)
     first_group = ProcessGroupShmpi(engine.create_group(list(range(engine.size))), module.ReduceOp)
-    limit = host_facts.cpu_limit()
     visible, limits = zip(*gather_objects(first_group, (devices.visible_devices(), limit)), strict=True)
     cores = [set(engine.cores_of(rank)) for rank in local_ranks]
     local_limits = [limits[rank] for rank in local_ranks]

@@ -19,7 +19,7 @@ from .advice import Advice
 from .backend import gather_bytes
 from .errors import MismatchError
 from .options import TrainerOptions
-from .places import noted
+from .places import noted, noted_block
 from .replica import Replica
 from .saving import Saving
 
@@ -45,6 +45,7 @@ class OwnLoop:
     _has_run_forward = False
     """Since the last backward."""
 
+    @noted_block
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """Around the model's calls in a loop of your own; `backward` comes after it. Local.

@@ -9,7 +9,8 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from .errors import CheckpointError, DistributedTrainerError
@@ -46,26 +47,72 @@ def noted(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        global _current
         if _current is not None:  # called by another one
             return function(*args, **kwargs)
-        frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-            frame = frame.f_back
-        _current = (name, frame.f_code.co_filename, frame.f_lineno)
-        for engine in _engines:
-            engine.note_call(*_current)
+        _enter(name, *_place_in_script())
         try:
             return function(*args, **kwargs)
         except DistributedTrainerError as error:
             _add_places(error)
             raise
         finally:
-            _current = None
-            for engine in _engines:
-                engine.note_return()
+            _leave()
 
     return call  # type: ignore[return-value]
+
+
+def noted_block(function: _Function) -> _Function:
+    """The same for a context manager, of which the script's block counts as part."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        return _note_block(_place_in_script(), function, args, kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _note_block(
+    place: tuple[str, int],
+    function: Callable[..., AbstractContextManager[None]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Iterator[None]:
+    if _current is not None:  # in another block
+        with function(*args, **kwargs):
+            yield
+        return
+    _enter(function.__name__, *place)
+    try:
+        with function(*args, **kwargs):
+            yield
+    except DistributedTrainerError as error:
+        _add_places(error)
+        raise
+    finally:
+        _leave()
+
+
+def _place_in_script() -> tuple[str, int]:
+    """File and line of the call that has led out of the script into this package."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def _enter(name: str, file: str, line: int) -> None:
+    global _current
+    _current = (name, file, line)
+    for engine in _engines:
+        engine.note_call(name, file, line)
+
+
+def _leave() -> None:
+    global _current
+    _current = None
+    for engine in _engines:
+        engine.note_return()
 
 
 def _add_places(error: DistributedTrainerError) -> None:

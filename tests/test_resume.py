@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole scripts that save at their end, are told to end, or are killed and started again, and go on where they were."""
+
+import os
+import re
+import sys
+
+import pytest
+
+MAIN = """
+import gc
+from torch.utils.data import TensorDataset
+
+def main():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    trainer = create_distributed_trainer(model, shard_optimizer=True)
+    open(f"{trainer.rank}.pid", "w").write(str(os.getpid()))
+    optimizer = torch.optim.Adam(model.parameters())
+    print("from", trainer.resume("checkpoints", optimizer=optimizer), flush=True)
+    data = TensorDataset(torch.arange(60.0).view(20, 3), torch.arange(20) % 2)
+    loader = trainer.loader(data, 4)
+    for epoch in trainer.epochs(EPOCHS):
+        for inputs, targets in loader:
+            trainer.train_step(inputs, targets, nn.CrossEntropyLoss(), optimizer)
+            time.sleep(PAUSE)
+        print("epoch", epoch, flush=True)
+    LAST_LINE
+
+main()
+gc.collect()
+"""
+
+
+def script(epochs, pause, last_line):
+    return MAIN.replace("EPOCHS", epochs).replace("PAUSE", pause).replace("LAST_LINE", last_line)
+
+
+def finish(job):
+    assert job.process.wait(60) == 0, job.out + job.err
+    return job.out
+
+
+@pytest.mark.any_mpi
+def test_last_line(run, tmp_path):
+    """One rank asks when there is no step any more, and the others' function has ended."""
+    finish(run(script("2", "0", "if trainer.rank == 1:\n        trainer.save('checkpoints', optimizer=optimizer)")))
+    assert os.listdir(tmp_path / "checkpoints") == ["step-00000010"]
+    out = finish(run(script("2", "0", "pass")))
+    assert out.count("from 10") == 2
+    assert "epoch" not in out
+
+
+@pytest.mark.any_mpi
+def test_last_line_fails(run, tmp_path):
+    """The job fails then, and says why."""
+    (tmp_path / "checkpoints").touch()
+    job = run("time.sleep(0)" + script("1", "0", "trainer.save('checkpoints/a', optimizer=optimizer)"))
+    assert job.process.wait(60) != 0
+    assert job.err.count("CheckpointError: rank 0 on") == 1
+    assert "Not a directory" in job.err
+
+
+@pytest.mark.any_mpi
+def test_left_by_exception(run):
+    """A rank that has left by an exception has a half-made step, perhaps: no save."""
+    job = run(
+        """
+trainer = create_distributed_trainer(model)
+if trainer.rank == 1:
+    try:
+        with trainer:
+            raise KeyError
+    except KeyError:
+        pass
+else:
+    trainer.save("checkpoints")
+    trainer.close()
+"""
+    )
+    assert job.process.wait(60) != 0
+    assert "the save asked for at the end was not made: rank(s) 1 left the trainer by an exception" in job.err
+
+
+# Trains to the end, though a rank kills itself once, and then anew without a fault, to the same bits.
+KILLED = """
+import random
+from torch.utils.data import TensorDataset
+
+def train(is_disturbed):
+    torch.manual_seed(0)
+    random.seed(0)  # of the loader's order
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.2), nn.Linear(8, 2))
+    trainer = create_distributed_trainer(model)
+    open(f"{trainer.rank}.pid", "w").write(str(os.getpid()))
+    optimizer = torch.optim.Adam(model.parameters())
+    loader = trainer.loader(TensorDataset(torch.arange(60.0).view(20, 3), torch.arange(20) % 2), 4, shuffle=True)
+    step = 0
+    if is_disturbed:
+        step = trainer.resume("checkpoints", optimizer=optimizer) or 0
+        print("from", step, flush=True)
+    for _ in trainer.epochs(3):
+        for inputs, targets in loader:
+            trainer.train_step(inputs, targets, nn.CrossEntropyLoss(), optimizer)
+            step += 1
+            if not is_disturbed:
+                continue
+            if step % 3 == 0:
+                trainer.save("checkpoints", optimizer=optimizer)
+            if step == 10 and trainer.rank == 1 and not os.path.exists("killed"):
+                open("killed", "w").write(max(os.listdir("checkpoints")))
+                os.kill(os.getpid(), signal.SIGKILL)
+    trainer.close()
+    state = [value for of_one in optimizer.state_dict()["state"].values() for value in of_one.values()]
+    return [*model.state_dict().values(), *state, torch.rand(3)]
+
+for one, other in zip(train(True), train(False), strict=True):
+    assert torch.equal(one, other), (one, other)
+print("same", flush=True)
+"""
+
+
+def test_killed_and_started_again(run, tmp_path):
+    """While the third checkpoint is being written; the second is whole, since the third's save has waited for it."""
+    words = ["-m", "distributed_trainer", "run", "--restarts", "2", "-np", "2", "train.py"]
+    job = run(KILLED, command=[sys.executable, *words])
+    assert job.process.wait(100) == 0, job.out + job.err
+    newest = (tmp_path / "killed").read_text()
+    assert newest in ("step-00000006", "step-00000009")
+    assert len(re.findall(r"; restart \d of 2$", job.err, re.MULTILINE)) == 1
+    starts = [int(step) for step in re.findall(r"from (\d+)", job.out)]
+    assert starts[:2] == [0, 0]
+    assert starts[2:] in ([6, 6], [9, 9])
+    assert starts[2] >= int(newest[5:])
+    assert job.out.count("same") == 2
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-00000012", "step-00000015"]
+
+
+def test_signal(run, tmp_path):
+    """SIGUSR1 to one rank: all save at the same step and end well; the next run goes on."""
+    job = run(script("1000", "0.01", "pass"))
+    job.wait_for("epoch 1", 2)
+    os.kill(int((tmp_path / "1.pid").read_text()), 10)
+    out = finish(job)
+    assert job.err == ""
+    (line,) = re.findall(r"distributed_trainer: SIGUSR1: saved step (\d+) in \S+checkpoints, ending", out)
+    assert os.listdir(tmp_path / "checkpoints") == [f"step-{int(line):08}"]
+    job = run(script("1000", "0.01", "pass"))
+    job.wait_for(f"from {line}", 2)
+    job.wait_for("epoch", 2)
+    first = int(re.findall(r"epoch (\d+)", job.out)[0])
+    assert first == int(line) // 5
