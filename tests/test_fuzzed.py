@@ -46,7 +46,7 @@ def move(header):
 
 # Of a checkpoint of two ranks with a tensor in two pieces: which file, and what is changed in it.
 CHANGES = {
-    "a file outside": (1, lambda content: content["files"].update({"../x.safetensors": {"bytes": 0, "crc32": 0}})),
+    "a file outside": (1, lambda content: content["files"].update({"../x.json": {"bytes": 0, "crc32": 0}})),
     "no time": (1, lambda content: content.update(saved_at=float("nan"))),
     "no step": (1, lambda content: content.update(step=-1)),
     "no shape": (1, lambda content: content["tensors"]["optimizer.a"].update(shape=[2, 1 << 62])),
@@ -88,6 +88,9 @@ def test_whole(tmp_path):
 @pytest.mark.parametrize("what", CHANGES)
 def test_hostile_checkpoint(tmp_path, what):
     """What has right checksums, and yet would be read from elsewhere, without end, or by another error than ours."""
+    (tmp_path / "x.json").touch()
+    folder = tmp_path / "step"
+    folder.mkdir()
     parts = two_ranks()
     number, change = CHANGES[what]
     if number == 3:
@@ -96,7 +99,18 @@ def test_hostile_checkpoint(tmp_path, what):
         value = json.loads(parts[number])
         change(value)
         parts[number] = json.dumps(value).encode()
-    with pytest.raises(CheckpointError, match=str(tmp_path)):
+    with pytest.raises(CheckpointError, match=str(folder)):
+        read(fuzzed.SEPARATOR.join(parts), folder)
+
+
+def test_tensor_longer_than_its_file(tmp_path):
+    parts = two_ranks()
+    content = json.loads(parts[1])
+    del content["files"]["rank-00001-1.safetensors"]
+    content["tensors"]["optimizer.a"]["shape"] = [1 << 40, 3]
+    parts[1] = json.dumps(content).encode()
+    parts[3] = change_header(parts[3], lambda header: first(header).update(shape=[1 << 40, 3]))
+    with pytest.raises(CheckpointError, match=r"rank-00000-1\.safetensors is damaged"):
         read(fuzzed.SEPARATOR.join(parts), tmp_path)
 
 
