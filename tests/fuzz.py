@@ -99,7 +99,7 @@ def main():
     Path(folder).mkdir(parents=True, exist_ok=True)
     for number, seed in enumerate(make_seeds()):
         (Path(folder) / f"seed-{number}").write_bytes(seed)
-    limits = ["-timeout=20", "-rss_limit_mb=3000", "-malloc_limit_mb=300", "-max_len=8000"]
+    limits = ["-timeout=60", "-rss_limit_mb=3000", "-malloc_limit_mb=300", "-max_len=8000"]
     arguments = [sys.argv[0], *limits, *sys.argv[2:]]
     mutators = {"custom_mutator": change_checkpoint} if name == "checkpoint" else {}
     atheris.Setup(arguments, target, **mutators)
