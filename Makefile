@@ -18,16 +18,19 @@ unexport PYTHONDONTWRITEBYTECODE
 
 # Tests of what is above the engine run under one MPI.
 ANY_MPI := balance batchnorm checkpoint clocks compression criterion data ddp devices direct direct_linear drift evaluate fsdp \
-	functional gradients hostfile layers loader memory microbatches misuse mixed_precision mpi_environment nonfinite \
+	functional fuzzed gradients hostfile layers loader memory microbatches misuse mixed_precision mpi_environment nonfinite \
 	operations own_loop parallel preflight profile public_api readme reproducible reporting restart sharding stalls state timeouts \
 	timing versions wire_dtype works
 # Long tests that run under both: they start ranks on several hosts, or where MPI has trouble.
 LONG_BOTH_MPI := two_hosts slurm wrong_setups restart_hosts
 
+# Of `make fuzz`: for all targets together, which have equal shares.
+FUZZ_SECONDS ?= 60
+
 # Of `make test-torch`: the lowest that the package takes.
 TORCH ?= $(shell sed -n 's/.*"torch>=\(.*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test test-torch test-engine test-engine-threads test-long lint bench docs-table build build-openmpi \
+.PHONY: help demo test test-torch test-engine test-engine-threads test-long fuzz lint bench docs-table build build-openmpi \
 	build-mpich wheel clean
 
 help:  ## This list
@@ -57,6 +60,19 @@ test-engine-threads: .venv/.installed  ## C++ tests of where threads meet, under
 test-long: build wheel test-engine-threads .venv/.frameworks  ## Tests that take minutes: installations, hosts, Slurm, threads
 	.venv/bin/python -m pytest -m long
 	.venv-mpich/bin/python -m pytest -m 'long and not any_mpi' $(patsubst %,tests/test_%_long.py,$(LONG_BOTH_MPI))
+
+# What finds something new goes to build/fuzz/found. An input that fails goes to build/fuzz, and its name is printed.
+fuzz: .venv/.fuzz  ## Random bytes for what reads files and other ranks' messages (FUZZ_SECONDS=60)
+	@command -v clang++ >/dev/null || { echo 'make fuzz needs clang: `apt install clang libclang-rt-dev`' >&2; exit 1; }
+	$(call cmake,openmpi,fuzz) -DENGINE_FUZZERS=ON -DCMAKE_CXX_COMPILER=clang++
+	.venv/bin/cmake --build build/fuzz
+	set -e; for target in control pages texts checkpoint answers; do \
+	  program=build/fuzz/fuzz_$$target; \
+	  test -x $$program || program=".venv/bin/python tests/fuzz.py $$target"; \
+	  mkdir -p build/fuzz/found/$$target; \
+	  $$program build/fuzz/found/$$target tests/corpus/$$target -artifact_prefix=build/fuzz/ -print_final_stats=1 \
+	    -max_total_time=$$(($(FUZZ_SECONDS) / 5)); \
+	done
 
 lint: .venv/.installed  ## Style of the Python sources
 	.venv/bin/ruff check .
@@ -99,6 +115,6 @@ build/torch-$(TORCH)/.installed: TORCH_PIN := torch==$(TORCH)
 	@echo $(CURDIR)/src > `$(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/distributed_trainer.pth
 	@touch $@
 
-.venv/.frameworks: requirements-frameworks.txt .venv/.installed
-	.venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements-frameworks.txt
+.venv/.frameworks .venv/.fuzz: .venv/.%: requirements-%.txt .venv/.installed
+	.venv/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@

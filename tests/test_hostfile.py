@@ -33,6 +33,9 @@ def test_forms(tmp_path, text, hosts):
     [
         ("node1:2\nnode2 slot=2\n", r"hosts.txt, line 2: `node2 slot=2` is no host. A line is `node1 slots=2`"),
         ("node1:0\n", "line 1: `node1:0` is no host"),
+        ("node1:00\n", "line 1: `node1:00` is no host"),
+        ("node1:1000000000\n", "is no host"),
+        ("-oNode\n", "line 1: `-oNode` is no host"),  # ssh would take it for an option
         ("node1 slots=2 max_slots=4\n", "call its mpirun"),
         ("anna@node1 slots=2\n", "~/.ssh/config"),
         ("# nobody\n", "names no host. Write a line `node1 slots=2` for each"),
@@ -42,6 +45,12 @@ def test_forms(tmp_path, text, hosts):
 def test_what_is_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, text)
+
+
+def test_what_is_no_text(tmp_path):
+    (tmp_path / "hosts.txt").write_bytes(b"node1\nnode\xff:2\n")
+    with pytest.raises(ValueError, match="line 2: `node\N{REPLACEMENT CHARACTER}:2` is no host"):
+        read_hostfile(tmp_path / "hosts.txt")
 
 
 def place(slots, num_ranks, oversubscribe=False):

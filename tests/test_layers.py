@@ -35,6 +35,7 @@ drift clocks criterion
 reproducible
 data batchnorm direct alignment sharding
 tensor_files
+checkpoint_form
 gradients
 options
 compression

@@ -133,6 +133,14 @@ def test_no_python_and_no_ssh(agent, wanted):
     assert answer.startswith("could not be asked ([Errno 2] No such file or directory: '/no/ssh'). Install ssh")
 
 
+@pytest.mark.parametrize("facts", ["{", "[]", "{}", "[" * 100_000, json.dumps({"missing": 3})])
+def test_damaged_answer(wanted, facts):
+    answer = preflight.read_answer(f"Welcome\n{preflight.MARK}{facts}\n".encode(), wanted)
+    assert answer.startswith("gave an answer that is damaged (")
+    assert len(answer) < 200
+    assert preflight.find_problems({"node1": answer}, wanted) == [f"node1 {answer}"]
+
+
 def test_this_machine():
     assert preflight.is_this_machine("localhost")
     assert preflight.is_this_machine(os.uname().nodename)

@@ -298,6 +298,7 @@ def test_number_of_cores(monkeypatch, limit, cores):
         ("0::/\n", {}, "", None),
         ("0::/\n", {"cpu.max": "max 100000"}, "", None),
         ("0::/\n", {"cpu.max": "200000 100000"}, "", 2),  # a container
+        ("\n0:/\n3\n0::x\n0:://\n", {"cpu.max": "200000 100000"}, "", 2),  # with lines that are none
         ("0::/a/b\n", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, "a", 1.5),  # Slurm, systemd
         ("0::/a/b\n", {"a/cpu.max": "800000 100000", "a/b/cpu.max": "20000 10000"}, "a/b", 2),
         ("0::/elsewhere/a:b\n", {"cpu.max": "300000 100000"}, "", 3),  # a container that sees the host's path

@@ -34,6 +34,17 @@ def test_long_names_fit():
     assert len(versions.introduce(module)) <= 1024
 
 
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000, '{"torch": "2"'])
+def test_what_is_no_introduction(text):
+    with pytest.raises(MismatchError, match=r"rank 1 says of itself .* does not understand"):
+        versions.check_alike([of_host("one"), text])
+
+
+def test_introduction_without_a_host():
+    with pytest.raises(MismatchError, match=r"torch: .*9 on an unknown host"):
+        versions.check_alike([of_host("one"), '{"torch": 9}'])
+
+
 @pytest.mark.parametrize("name", ["distributed_trainer", "its engine", "MPI", "Python", "torch"])
 def test_each_difference(name):
     own = json.loads(of_host("one"))[name]

@@ -2,7 +2,7 @@
 # Writes OUTPUT, a header that names the sources in the folder ENGINE by their digest: modules that differ in nothing
 # but who compiled them are of one version. Tests are no part of it.
 file(GLOB_RECURSE sources RELATIVE ${ENGINE} ${ENGINE}/*.cpp ${ENGINE}/*.hpp)
-list(FILTER sources EXCLUDE REGEX "^tests/")
+list(FILTER sources EXCLUDE REGEX "^(fuzz|tests)/")
 list(SORT sources)
 set(digests "")
 foreach(source IN LISTS sources)

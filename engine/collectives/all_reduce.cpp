@@ -83,7 +83,7 @@ Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction) 
   if (group.size() == 1 || buffer.empty()) return reduce_alone(group, buffer, reduction);
   if (group.num_nodes() > 1) return all_reduce_nodes(group, buffer, reduction);
   if (reduction.op == ReduceOp::average) reduction.scale = 1.0 / group.size();
-  std::vector<std::byte*> shared = group.shared_buffers();
+  std::vector<std::byte*> shared = group.shared_buffers(buffer.size());
   if (shared.empty()) return reduce_through_scratch(group, buffer, reduction);
   if (!group.local().domains().empty()) return all_reduce_domains(group, buffer, std::move(shared), reduction);
   return reduce_in_place(group, buffer, std::move(shared), reduction);

@@ -127,7 +127,7 @@ SegmentedReduction::SegmentedReduction(Group& group, std::span<std::byte> buffer
       check_finite_(reduction.check_finite),
       within_(within_nodes(reduction)),
       between_(between_nodes(group, within_)),
-      shared_(group.shared_buffers()),
+      shared_(group.shared_buffers(buffer.size())),
       plan_(group, !shared_.empty(), buffer.size(), element_bytes(within_.dtype), element_bytes(between_.dtype)),
       num_segments_((buffer.size() + plan_.segment_bytes - 1) / plan_.segment_bytes),
       num_slices_(num_slices(group)),

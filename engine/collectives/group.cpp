@@ -185,11 +185,11 @@ bool Group::has_even_parts() const {
   return even_bytes != 0;
 }
 
-std::vector<std::byte*> Group::shared_buffers() const {
+std::vector<std::byte*> Group::shared_buffers(std::size_t num_bytes) const {
   for (int member = 1; member < size(); ++member) {
     if (call_of(member).allocation != call_of(0).allocation) return {};
   }
-  return local_.shared_buffers(num_finished_);
+  return local_.shared_buffers(num_finished_, num_bytes);
 }
 
 void Group::check_all_here() const {

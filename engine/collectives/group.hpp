@@ -119,8 +119,8 @@ class Group {
   void submit(std::shared_ptr<Operation> operation);
 
   // The buffer of the operation that runs now on every rank of this node, if on all ranks of the group it lies in the
-  // same memory that they allocated together; else empty.
-  std::vector<std::byte*> shared_buffers() const;
+  // same memory that they allocated together; else empty. Of each the first `num_bytes` will be used.
+  std::vector<std::byte*> shared_buffers(std::size_t num_bytes) const;
 
   // Whether all ranks' all_to_all that runs now has parts of one length.
   bool has_even_parts() const;
@@ -136,7 +136,9 @@ class Group {
   std::string describe_wait(const Operation& operation) const;
   // Where this rank was last seen, and what other nodes' ranks have said of themselves.
   LastSeen last_seen() const { return local_.last_seen(local_.rank()); }
-  void set_last_seen(int member, const LastSeen& seen) { others_[static_cast<std::size_t>(member)] = seen; }
+  void set_last_seen(int member, const LastSeen& seen) {
+    if (!others_.empty()) others_[static_cast<std::size_t>(member)] = seen;  // else nobody has asked
+  }
   void forget_others() { others_.assign(static_cast<std::size_t>(size()), std::nullopt); }
   bool knows_all() const;
   // A member on another node takes part in nothing after its first `num_completed` collectives.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <stdexcept>
 #include <utility>
 
@@ -111,15 +112,16 @@ void LocalGroup::leave(const std::string& reason) {
 }
 
 std::string LocalGroup::reason_of(int member) const {
-  return headers_[static_cast<std::size_t>(member)]->reason.data();
+  const auto& reason = headers_[static_cast<std::size_t>(member)]->reason;
+  return {reason.data(), strnlen(reason.data(), reason.size())};
 }
 
 LastSeen LocalGroup::last_seen(int member) const {
   const Header& header = *headers_[static_cast<std::size_t>(member)];
   const std::uint64_t num_calls = header.num_posted.load(std::memory_order_acquire);
   if (num_calls == 0) return {};
-  const std::int64_t age_ns = now_ns() - header.posted_at_ns.load(std::memory_order_relaxed);
-  return {num_calls, header.calls[(num_calls - 1) % ring_length], static_cast<double>(age_ns) * 1e-9};
+  const auto posted_at_ns = static_cast<double>(header.posted_at_ns.load(std::memory_order_relaxed));
+  return {num_calls, header.calls[(num_calls - 1) % ring_length], (static_cast<double>(now_ns()) - posted_at_ns) * 1e-9};
 }
 
 bool LocalGroup::has_left() const {
@@ -157,7 +159,7 @@ bool LocalGroup::all_arrived(std::uint64_t target) const {
 
 bool LocalGroup::any_flag() const {
   const std::uint64_t last = headers_[static_cast<std::size_t>(local_rank_)]->num_arrived.load(std::memory_order_relaxed);
-  return std::ranges::any_of(headers_, [last](const Header* header) { return header->flags[last % 2]; });
+  return std::ranges::any_of(headers_, [last](const Header* header) { return header->flags[last % 2] != 0; });
 }
 
 std::vector<std::byte*> LocalGroup::next_scratch() {
@@ -194,7 +196,7 @@ void LocalGroup::locate(std::span<const std::byte> buffer, Call& call) const {
   }
 }
 
-std::vector<std::byte*> LocalGroup::shared_buffers(std::uint64_t sequence) const {
+std::vector<std::byte*> LocalGroup::shared_buffers(std::uint64_t sequence, std::size_t num_bytes) const {
   const std::uint32_t number = call_of(local_rank_, sequence).allocation;
   const auto entry = std::ranges::find(allocations_, number, &Numbered::number);
   if (number != 0 && entry == allocations_.end()) throw std::logic_error("memory was released while it was in use");
@@ -202,7 +204,15 @@ std::vector<std::byte*> LocalGroup::shared_buffers(std::uint64_t sequence) const
   for (int member = 0; member < size(); ++member) {
     const Call& call = call_of(member, sequence);
     if (number == 0 || call.allocation != number) return {};
-    buffers.push_back((*entry->blocks)[static_cast<std::size_t>(member)].bytes().data() + call.offset_bytes);
+    const auto block = (*entry->blocks)[static_cast<std::size_t>(member)].bytes();
+    const std::uint64_t offset = call.offset_bytes;
+    if (offset > block.size() || num_bytes > block.size() - offset) {
+      throw std::runtime_error("member " + std::to_string(member) + " on this node says that its buffer of " +
+                               std::to_string(num_bytes) + " bytes begins at " + std::to_string(offset) +
+                               " of an allocation of " + std::to_string(block.size()) +
+                               " bytes: something has overwritten the ranks' shared memory");
+    }
+    buffers.push_back(block.data() + offset);
   }
   return buffers;
 }

@@ -41,7 +41,8 @@ struct Call {
   // Where the buffer lies in memory that the members allocated together (number of the allocation, from 1, and offset
   // in bytes), or 0 and 0.
   std::uint32_t allocation = 0;
-  bool check_finite = false;  // of reductions; the same on all members
+  // Of reductions; the same on all members. Not a bool, since memory that another rank writes may hold what is none.
+  std::uint8_t check_finite = 0;
   std::uint64_t offset_bytes = 0;
 
   bool agrees_with(const Call& other) const {
@@ -124,8 +125,9 @@ class LocalGroup {
   // Sets call.allocation and call.offset_bytes for a buffer of this rank.
   void locate(std::span<const std::byte> buffer, Call& call) const;
   // Every member's buffer for call number `sequence` if all lie in the same allocation, else empty. Depends on the
-  // announcements alone, so that all members find the same, also while one of them removes memory.
-  std::vector<std::byte*> shared_buffers(std::uint64_t sequence) const;
+  // announcements alone, so that all members find the same, also while one of them removes memory. Throws
+  // std::runtime_error where some buffer's first `num_bytes` are not within its allocation.
+  std::vector<std::byte*> shared_buffers(std::uint64_t sequence, std::size_t num_bytes) const;
 
  private:
   static constexpr std::size_t ring_length = 64;
@@ -135,7 +137,7 @@ class LocalGroup {
     alignas(64) std::atomic<std::uint64_t> num_posted;
     alignas(64) std::atomic<std::uint64_t> num_arrived;
     // Of the last two barriers, by turns: a fast member may be at the next one while a slow one still reads.
-    std::array<bool, 2> flags;
+    std::array<std::uint8_t, 2> flags;
     alignas(64) std::atomic<std::uint64_t> num_completed;
     std::atomic<std::int64_t> posted_at_ns;
     std::atomic<std::uint32_t> has_left;

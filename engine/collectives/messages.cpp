@@ -2,8 +2,6 @@
 #include "collectives/messages.hpp"
 
 #include <algorithm>
-#include <array>
-#include <cstdint>
 #include <cstring>
 #include <string>
 
@@ -29,16 +27,6 @@ void send_pieces(const Group& group, std::span<const std::byte> bytes, int desti
 
 namespace {
 
-// Begins a message that is longer than message_bytes, so that the receiver may cut it as the sender does. The pieces
-// have a tag of their own: others of the user's tag may be under way at once, before and after it. Between nodes the
-// first bytes come with it: while they travel the receiver says where the next ones belong, else MPI would copy them.
-struct Header {
-  std::array<std::uint64_t, 2> mark;
-  std::uint64_t num_bytes;
-  std::int64_t piece_tag;
-};
-constexpr std::array<std::uint64_t, 2> header_mark{0x6d8f3b1c92e45a07U, 0xb15c0e7a43d9f286U};
-
 // In a node MPI copies large messages at once; between nodes it moves short ones better.
 std::size_t piece_bytes(const Group& group, int peer) {
   const std::vector<int>& neighbours = group.ranks_of_node(group.node());
@@ -54,9 +42,9 @@ Task send(Group& group, std::span<const std::byte> bytes, int destination, int t
     transfers.push_back(group.send(bytes, destination, first_user_tag + tag));
   } else {
     const int piece_tag = first_piece_tag + static_cast<int>(group.number_long_message() % num_piece_tags);
-    const Header header{header_mark, bytes.size(), piece_tag};
+    const LongHeader header{long_mark, bytes.size(), piece_tag};
     const std::size_t step = piece_bytes(group, destination);
-    const std::size_t begun = step == message_bytes ? message_bytes - sizeof(header) : 0;
+    const std::size_t begun = bytes_with_header(step);
     first.resize(sizeof(header) + begun);
     std::memcpy(first.data(), &header, sizeof(header));
     std::memcpy(first.data() + sizeof(header), bytes.data(), begun);
@@ -85,19 +73,17 @@ Task receive(Group& group, std::span<std::byte> bytes, int source, int tag, Oper
   });
   co_await arrived;
   const int from = first.source();
-  Header header{};
-  if (first.num_bytes() >= sizeof(header)) std::memcpy(&header, bytes.data(), sizeof(header));
-  const bool is_long = header.mark == header_mark;
-  const std::size_t num_bytes = is_long ? header.num_bytes : first.num_bytes();
+  const std::size_t step = piece_bytes(group, from);
+  const auto header = parse_long_header(bytes.first(first.num_bytes()), step);
+  const std::size_t num_bytes = header ? header->num_bytes : first.num_bytes();
   if (num_bytes != bytes.size()) {
     refuse("rank " + std::to_string(from) + " sent " + std::to_string(num_bytes));
   }
-  if (is_long) {
+  if (header) {
     std::vector<mpi::Transfer> transfers;
-    const std::size_t step = piece_bytes(group, from);
-    const int piece_tag = static_cast<int>(header.piece_tag);
-    const std::size_t begun = first.num_bytes() - sizeof(header);
-    std::memmove(bytes.data(), bytes.data() + sizeof(header), begun);
+    const int piece_tag = static_cast<int>(header->piece_tag);
+    const std::size_t begun = bytes_with_header(step);
+    std::memmove(bytes.data(), bytes.data() + sizeof(LongHeader), begun);
     for (std::size_t start = begun; start < bytes.size(); start += step) {
       transfers.push_back(group.receive(window(bytes, start, step), from, piece_tag));
     }

@@ -82,7 +82,9 @@ std::vector<mpi::Transfer> exchange(Group& group, std::vector<Message>& incoming
 
 Task reduce_shards(Group& group, std::span<std::byte> buffer, std::vector<Block> blocks, Reduction reduction) {
   // All ranks of the node have called, so their buffers hold what is to be added: no barrier is needed before reading.
-  std::vector<std::byte*> places = group.shared_buffers();
+  std::size_t num_bytes = 0;
+  for (const Block& block : blocks) num_bytes = std::max<std::size_t>(num_bytes, block.offset_bytes + block.num_bytes);
+  std::vector<std::byte*> places = group.shared_buffers(num_bytes);
   if (group.size() == 1) {
     if (!reduction.check_finite) co_return;
     places = {buffer.data()};

@@ -111,21 +111,25 @@ int receive_descriptor(int socket, Descriptor& fd) {
   message.msg_iovlen = 1;
   message.msg_control = control.data();
   message.msg_controllen = control.size();
-  if (recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) != sizeof(sender)) return -1;
+  const ssize_t num_bytes = recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  if (num_bytes < 0) return -1;
   bool same_user = false;
+  std::size_t num_descriptors = 0;  // all of them are this process's now, whoever has sent what
   for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr; header = CMSG_NXTHDR(&message, header)) {
     if (header->cmsg_level != SOL_SOCKET) continue;
     if (header->cmsg_type == SCM_RIGHTS) {
-      int value = -1;
-      std::memcpy(&value, CMSG_DATA(header), sizeof(value));
-      fd = Descriptor(value);
+      for (std::size_t end = CMSG_LEN(sizeof(int)); end <= header->cmsg_len; end += sizeof(int), ++num_descriptors) {
+        int value = -1;
+        std::memcpy(&value, CMSG_DATA(header) + num_descriptors * sizeof(int), sizeof(value));
+        fd = Descriptor(value);
+      }
     } else if (header->cmsg_type == SCM_CREDENTIALS) {
       ucred credentials{};
       std::memcpy(&credentials, CMSG_DATA(header), sizeof(credentials));
       same_user = credentials.uid == geteuid();
     }
   }
-  return same_user && fd ? sender : -1;
+  return same_user && num_descriptors == 1 && num_bytes == sizeof(sender) ? sender : -1;
 }
 
 // Greedy cliques: a rank joins the node of the lowest rank with which, and with all of whose members, it shares

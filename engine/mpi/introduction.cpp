@@ -19,10 +19,7 @@ Introductions introduce(std::uintptr_t communicator_address, const std::string& 
   std::memcpy(mine.data(), own.data(), own.size());
   std::vector<std::byte> all(introduction_bytes * static_cast<std::size_t>(world.size()));
   world.all_gather(mine, all);
-  for (std::size_t start = 0; start < all.size(); start += introduction_bytes) {
-    const auto* text = reinterpret_cast<const char*>(all.data() + start);
-    introductions.texts.emplace_back(text, strnlen(text, introduction_bytes));
-  }
+  introductions.texts = texts_in(all);
   world.close();
   return introductions;
 }

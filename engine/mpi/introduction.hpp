@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -11,6 +13,16 @@ namespace dtrain::mpi {
 
 // The same in every version, or versions that differ could not tell each other so.
 inline constexpr std::size_t introduction_bytes = 1024;
+
+// The texts in what was gathered of all ranks.
+inline std::vector<std::string> texts_in(std::span<const std::byte> all) {
+  std::vector<std::string> texts;
+  for (; all.size() >= introduction_bytes; all = all.subspan(introduction_bytes)) {
+    const auto* text = reinterpret_cast<const char*>(all.data());
+    texts.emplace_back(text, strnlen(text, introduction_bytes));
+  }
+  return texts;
+}
 
 struct Introductions {
   std::vector<std::string> texts;  // of each rank

@@ -1,27 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // What ranks on different nodes say to each other when a group does not get on. Within a node they see it.
-#include <array>
-#include <cstring>
+#include <algorithm>
 #include <thread>
 
 #include "collectives/errors.hpp"
 #include "mpi/library.hpp"
+#include "runtime/control_message.hpp"
 #include "runtime/engine.hpp"
 
 namespace dtrain {
-
-struct ControlMessage {
-  enum class Kind : std::uint8_t {
-    question, answer,  // where the sender is in the group
-    left, given_up,    // it takes part in nothing more of the group
-    look, want, seen   // how the sender and its neighbours are, whatever the group; `want`: others wait for it, too
-  } kind{};
-  std::uint64_t group = 0;
-  int member = 0;  // who says it; of the last three its number among all ranks
-  LastSeen last_seen{};
-  Snapshot snapshot{};
-  std::array<char, 1000> reason{};
-};
 
 namespace {
 
@@ -78,10 +65,15 @@ void Engine::answer_control() {
 
 void Engine::collect_control() {
   control_->is_flushed();
+  const auto size_of_group = [this](std::uint64_t id) {
+    const std::scoped_lock lock(drive_mutex_);
+    const auto group = std::ranges::find(groups_, id, [](const auto& one) { return one->id(); });
+    return group == groups_.end() ? 0 : (*group)->size();
+  };
   while (const auto bytes = control_->collect()) {
-    ControlMessage message;
-    if (bytes->size() != sizeof(message)) continue;
-    std::memcpy(&message, bytes->data(), sizeof(message));
+    const auto parsed = parse_control(*bytes, size(), size_of_group);
+    if (!parsed) continue;
+    const ControlMessage& message = *parsed;
     switch (message.kind) {
       case Kind::want: watch_->note_wanted(); [[fallthrough]];
       case Kind::look:

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <ctime>
 #include <fstream>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -83,16 +84,6 @@ std::string what_of(const Snapshot& seen, const std::string& note) {
   return "";
 }
 
-// The line of /proc/self/cgroup that begins so, without that.
-std::string cgroup_path(const std::string& start) {
-  std::ifstream file("/proc/self/cgroup");
-  for (std::string line; std::getline(file, line);) {
-    const std::size_t found = line.find(start);
-    if (found != std::string::npos) return line.substr(found + start.size());
-  }
-  return "";
-}
-
 }  // namespace
 
 Origin Origin::own() {
@@ -116,24 +107,43 @@ std::int64_t machine_now_ms() {
 
 State state_of_process(pid_t pid) {
   std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
-  std::string line;
-  if (!std::getline(file, line)) return access("/proc/self/stat", F_OK) == 0 ? State::dead : State::silent;
-  const std::size_t end_of_name = line.rfind(')');
-  const char letter = end_of_name + 2 < line.size() ? line[end_of_name + 2] : '?';
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  if (text.empty()) return access("/proc/self/stat", F_OK) == 0 ? State::dead : State::silent;
+  return state_in_stat(text);
+}
+
+// The name is in parentheses. It may have such in it, and ends of lines.
+State state_in_stat(std::string_view text) {
+  const std::size_t end_of_name = text.rfind(')');
+  const char letter = end_of_name < text.size() && text.size() - end_of_name > 2 ? text[end_of_name + 2] : '?';
   if (letter == 'T' || letter == 't') return State::stopped;
   return letter == 'Z' || letter == 'X' ? State::dead : State::running;
 }
 
-int num_killed_for_memory() {
-  for (const std::string& name : {"/sys/fs/cgroup" + cgroup_path("0::") + "/memory.events",
-                                  "/sys/fs/cgroup/memory" + cgroup_path(":memory:") + "/memory.oom_control"}) {
-    std::ifstream file(name);
-    std::string key;
-    for (int value = 0; file >> key >> value;) {
-      if (key == "oom_kill") return value;
-    }
+std::string cgroup_path(std::istream& cgroups, std::string_view start) {
+  for (std::string line; std::getline(cgroups, line);) {
+    const std::size_t found = line.find(start);
+    if (found != std::string::npos) return line.substr(found + start.size());
+  }
+  return "";
+}
+
+int num_killed_in(std::istream& counts) {
+  std::string key;
+  for (int value = 0; counts >> key >> value;) {
+    if (key == "oom_kill") return value;
   }
   return -1;
+}
+
+int num_killed_for_memory() {
+  const auto count_in = [](const std::string& folder, std::string_view start, const std::string& name) {
+    std::ifstream cgroups("/proc/self/cgroup");
+    std::ifstream counts(folder + cgroup_path(cgroups, start) + name);
+    return num_killed_in(counts);
+  };
+  const int count = count_in("/sys/fs/cgroup", "0::", "/memory.events");
+  return count >= 0 ? count : count_in("/sys/fs/cgroup/memory", ":memory:", "/memory.oom_control");
 }
 
 std::string describe_stall(const std::vector<Snapshot>& snapshots, const std::vector<Origin>& origins,

@@ -9,7 +9,9 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <iosfwd>
 #include <string>
+#include <string_view>
 #include <type_traits>
 #include <vector>
 
@@ -110,8 +112,17 @@ std::int64_t machine_now_ms();  // one clock for all processes of a machine, whi
 // What the system says of a process; `silent` where that is nothing.
 State state_of_process(pid_t pid);
 
+// The same of the text of /proc/<pid>/stat.
+State state_in_stat(std::string_view text);
+
 // How many processes of this one's memory cgroup the out-of-memory killer has ended; -1 if that can't be read.
 int num_killed_for_memory();
+
+// The path in the line of /proc/<pid>/cgroup that has `start` before it; empty if there is none.
+std::string cgroup_path(std::istream& cgroups, std::string_view start);
+
+// The same number in the text of a cgroup's memory.events or memory.oom_control; -1 if it is not there.
+int num_killed_in(std::istream& counts);
 
 // One sentence about a stall, which all ranks that see the same put in the same words. `snapshots` are of the ranks of a
 // group, some of which wait; `origins` of all ranks. `note` is about those that are dead.

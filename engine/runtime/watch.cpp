@@ -198,7 +198,7 @@ Snapshot Watch::see(const Neighbour& neighbour) const {
     const Origin& origin = origins_[static_cast<std::size_t>(neighbour.rank)];
     const bool is_visible = origin.pid_namespace == origins_[static_cast<std::size_t>(rank_)].pid_namespace;
     seen.state = is_visible ? state_of_process(static_cast<pid_t>(origin.pid)) : State::silent;
-    const bool is_alive = machine_now_ms() - page.beat_ms < longest_beat_ms;
+    const bool is_alive = page.beat_ms > machine_now_ms() - longest_beat_ms;
     if (seen.state == State::silent && is_alive) seen.state = State::running;
     if (seen.state == State::running && !is_alive) seen.state = State::silent;
   }

@@ -195,12 +195,15 @@ const Test in_place("local group: buffers in memory allocated together", Runs::a
     members.groups[0].locate(a, calls[0]);
     members.groups[1].locate(b, calls[1]);
     for (std::size_t i = 0; i < 2; ++i) expect(members.groups[i].post(sequence, calls[i]), "room");
-    const auto found = members.groups[0].shared_buffers(sequence);
-    expect(found == members.groups[1].shared_buffers(sequence), "both find the same");
+    const auto found = members.groups[0].shared_buffers(sequence, a.size());
+    expect(found == members.groups[1].shared_buffers(sequence, a.size()), "both find the same");
     return found;
   };
   const auto all = places(0, own(second, 0, 64, 100), own(second, 1, 8092, 100));
   expect(all.size() == 2 && all[0] == own(second, 0, 64, 1).data() && all[1] == own(second, 1, 8092, 1).data(), "places");
+  expect_throws<std::runtime_error>([&] { members.groups[0].shared_buffers(0, 101); },
+                                    "member 1 on this node says that its buffer of 101 bytes begins at 8092 of an "
+                                    "allocation of 8192 bytes");
   std::vector<std::byte> elsewhere(100);
   expect(places(1, own(second, 0, 0, 100), elsewhere).empty(), "one elsewhere");
   expect(places(2, own(first, 0, 0, 100), own(second, 1, 0, 100)).empty(), "not in the same allocation");

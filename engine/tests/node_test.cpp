@@ -2,11 +2,17 @@
 #include "memory/node.hpp"
 
 #include <sched.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <numeric>
 #include <string>
 #include <system_error>
@@ -126,6 +132,71 @@ const Test handed_over("node: descriptors over the socket where /proc is of no u
   expect_nodes(4, 0, "0000", [](int rank) {
     if (rank >= 2) expect(unshare(CLONE_NEWPID) == 0, "unshare");
   });
+});
+
+// The names of this user's sockets that wait for descriptors, and those of other jobs.
+std::vector<std::string> socket_names() {
+  std::vector<std::string> names;
+  std::ifstream file("/proc/net/unix");
+  for (std::string line; std::getline(file, line);) {
+    const std::size_t found = line.find("@dtrain-");
+    if (found != std::string::npos) names.push_back(line.substr(found));
+  }
+  return names;
+}
+
+void send_datagram(const std::string& name, std::span<const std::byte> bytes, std::size_t num_descriptors) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  name.copy(address.sun_path + 1, name.size() - 1, 1);
+  const std::vector<int> descriptors(num_descriptors, STDERR_FILENO);
+  std::vector<char> control(CMSG_SPACE(sizeof(int) * num_descriptors));
+  iovec payload{.iov_base = const_cast<std::byte*>(bytes.data()), .iov_len = bytes.size()};
+  msghdr message{};
+  message.msg_name = &address;
+  message.msg_namelen = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + name.size());
+  message.msg_iov = &payload;
+  message.msg_iovlen = 1;
+  message.msg_control = control.data();
+  message.msg_controllen = control.size();
+  cmsghdr* header = CMSG_FIRSTHDR(&message);
+  header->cmsg_level = SOL_SOCKET;
+  header->cmsg_type = SCM_RIGHTS;
+  header->cmsg_len = CMSG_LEN(sizeof(int) * num_descriptors);
+  std::memcpy(CMSG_DATA(header), descriptors.data(), sizeof(int) * num_descriptors);
+  const Descriptor socket(::socket(AF_UNIX, SOCK_DGRAM, 0));
+  expect(sendmsg(socket.get(), &message, 0) == static_cast<ssize_t>(bytes.size()), "sent");
+}
+
+const Test strangers("node: descriptors that nobody was to send are closed", Runs::alone, [] {
+  const auto count_descriptors = [] {
+    using std::filesystem::directory_iterator;
+    return std::distance(directory_iterator("/proc/self/fd"), directory_iterator());
+  };
+  const std::vector<std::string> before = socket_names();
+  std::ptrdiff_t num_descriptors = 0;
+  int num_gathered = 0;
+  // Rank 1 says the same as this one, but for which file its memory is: so it is to hand that over.
+  const AllGather all_gather = [&](std::span<const std::byte> mine, std::span<std::byte> all) {
+    std::ranges::copy(mine, all.begin());
+    std::ranges::copy(mine, all.begin() + static_cast<std::ptrdiff_t>(mine.size()));
+    ++num_gathered;
+    if (num_gathered == 2) all.back() ^= std::byte{1};
+    if (num_gathered == 3) {  // who misses what: the next is to wait for rank 1
+      for (const std::string& name : socket_names()) {
+        if (std::ranges::find(before, name) != before.end()) continue;
+        const int sender = 1;
+        send_datagram(name, std::as_bytes(std::span(&sender, 1)).first(1), 1);
+        send_datagram(name, std::as_bytes(std::span(&sender, 1)), 2);
+        send_datagram(name, std::as_bytes(std::span(&sender, 1)), 1);
+      }
+      num_descriptors = count_descriptors();
+    }
+    if (num_gathered == 4) expect_equal(count_descriptors(), num_descriptors, "descriptors");
+  };
+  const Node node(0, 2, all_gather, 0);
+  expect_equal(num_gathered, 4, "gathered");
+  expect_equal(text(node.node_of_rank()), std::string("01"), "nodes");
 });
 
 const Test separate("node: ranks in another network namespace are another node", Runs::alone, [] {

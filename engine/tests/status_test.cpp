@@ -2,11 +2,13 @@
 // What is said of ranks for which others wait.
 #include "runtime/status.hpp"
 
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <csignal>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <string>
 #include <thread>
@@ -72,11 +74,18 @@ const Test dead("status: what killed a rank, where that is known", Runs::alone, 
                           "train_step, train.py:7, since "), said);
 });
 
-const Test processes("status: a process that runs, is stopped, and dead", Runs::alone, [] {
+const Test processes("status: a process that runs, is stopped, and dead, whatever its name", Runs::alone, [] {
   const pid_t child = fork();
   if (child == 0) {
+    prctl(PR_SET_NAME, "a\nb) S (c");
     for (;;) pause();
   }
+  const std::string path = "/proc/" + std::to_string(child) + "/comm";
+  const auto is_named = [&] {
+    std::ifstream file(path);
+    return file.get() == 'a' && file.get() == '\n';
+  };
+  while (!is_named()) std::this_thread::yield();
   expect(state_of_process(child) == State::running, "runs");
   kill(child, SIGSTOP);
   waitpid(child, nullptr, WUNTRACED);

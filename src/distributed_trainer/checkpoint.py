@@ -21,7 +21,7 @@ import shutil
 import time
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoint_form import check_content, check_own, require
 from .errors import CheckpointError
 from .tensor_files import (
     DTYPE_NAMES,
@@ -87,7 +88,11 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor | Part]) -> Any:
 
 
 def decode(value: Any, read: Callable[[str], Tensor]) -> Any:
-    """What `encode` was given; `read` gives a tensor by its name."""
+    """What `encode` was given; `read` gives a tensor by its name.
+
+    Raises:
+        ValueError, TypeError, RecursionError: `encode` has not made this.
+    """
     if isinstance(value, list):
         return [decode(item, read) for item in value]
     if not isinstance(value, dict):
@@ -101,8 +106,24 @@ def decode(value: Any, read: Callable[[str], Tensor]) -> Any:
         return base64.b64decode(inner)
     if kind == "$tuple":
         return tuple(decode(inner, read))
+    require(kind in ("$dict", "$counter"), kind)
     pairs = {decode(key, read): decode(item, read) for key, item in inner}
     return pairs if kind == "$dict" else Counter(pairs)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Makes one error of whatever keeps a file from being read."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or path} cannot be read: {error.strerror or error}. Take another checkpoint."
+        ) from None
+    except (ValueError, LookupError, TypeError, RecursionError, EOFError):
+        raise CheckpointError(
+            f"{path} is damaged, or was not written by trainer.save. Take another checkpoint."
+        ) from None
 
 
 class Checkpoint:
@@ -119,21 +140,14 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         path = folder / INDEX
-        try:
+        with _reading(path):
             index = json.loads(path.read_bytes())
             form = index["format"]
             if form != FORMAT:
-                raise CheckpointError(f'{path} has the format {form!r}; this version reads "{FORMAT}"')
+                raise CheckpointError(f'{path} has the format {form!r:.80}; this version reads "{FORMAT}"')
             self.content: dict[str, Any] = index["content"]
-            is_whole = index["crc32"] == _checksum(self.content)
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder} is no checkpoint: {path.name} cannot be read: {error.strerror or error}"
-            ) from None
-        except (ValueError, KeyError, TypeError, RecursionError):
-            is_whole = False
-        if not is_whole:
-            raise CheckpointError(f"{path} is damaged, or was not written by trainer.save. Take another checkpoint.")
+            require(index["crc32"] == _checksum(self.content), INDEX)
+            check_content(self.content)
         self._places: dict[str, list[Place]] | None = None
 
     @property
@@ -149,10 +163,8 @@ class Checkpoint:
         """
         for name, written in list(self.content["files"].items())[rank::num_ranks]:
             path = self.folder / name
-            try:
+            with _reading(path):
                 found = describe_file(path)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror}. Take another checkpoint.") from None
             if found["bytes"] != written["bytes"]:
                 raise CheckpointError(
                     f"{path} has {found['bytes']} bytes, but was written with {written['bytes']}. Take another "
@@ -162,21 +174,42 @@ class Checkpoint:
                 raise CheckpointError(f"{path} has other contents than were written. Take another checkpoint.")
 
     def of_rank(self, rank: int) -> dict[str, Any]:
-        """What a rank has written for itself."""
-        return json.loads((self.folder / rank_file(rank)).read_bytes())["own"]
+        """What a rank has written for itself.
 
-    def tensor(self, name: str) -> Tensor:
-        """Reads a tensor."""
+        Raises:
+            CheckpointError: There is no such rank, or its file is damaged.
+        """
+        path = self.folder / rank_file(rank)
+        with _reading(path):
+            require(path.name in self.content["files"], path.name)
+            own = json.loads(path.read_bytes())["own"]
+            check_own(own)
+        return own
+
+    def state(self, name: str) -> Any:
+        """The state of the model, or of the object with that name.
+
+        Raises:
+            CheckpointError: There is none, or it is damaged.
+        """
+        left = set(self.content["tensors"])
+
+        def read(tensor: str) -> Tensor:
+            left.remove(tensor)  # once each, so that what is read is no longer than the files
+            return self._tensor(tensor)
+
+        with _reading(self.folder / INDEX):
+            return decode(self.content["states"][name]["state"], read)
+
+    def _tensor(self, name: str) -> Tensor:
         if self._places is None:
             self._places = defaultdict(list)
             for file in sorted(name for name in self.content["files"] if name.endswith(SUFFIX)):
-                for key, place in read_places(self.folder / file).items():
-                    self._places[key].append(place)
-        return read_tensor(self._places[name])
-
-    def state(self, name: str) -> Any:
-        """The state of the model, or of the object with that name."""
-        return decode(self.content["states"][name]["state"], self.tensor)
+                with _reading(self.folder / file):
+                    for key, place in read_places(self.folder / file).items():
+                        self._places[key].append(place)
+        about = self.content["tensors"][name]
+        return read_tensor(self._places[name], about["dtype"], about["shape"])
 
 
 def rank_file(rank: int) -> str:

@@ -58,6 +58,22 @@ def host_facts(mpi_path: str, mpi_family: str, files: list[str], module: str | N
     }
 
 
+def is_like_facts(value: Any) -> bool:
+    """Whether what came from another machine has the form of `host_facts`. Local."""
+    kinds: dict[str, Any] = {
+        **dict.fromkeys(("name", "python"), str),
+        **dict.fromkeys(("torch", "package", "engine", "mpi"), (str, type(None))),
+        **dict.fromkeys(("machine", "missing"), list),
+        **dict.fromkeys(("cores", "gpus", "free_shared_memory"), int),
+        **dict.fromkeys(("has_home", "network_cards"), bool),
+        "paths": dict,
+    }
+    if not isinstance(value, dict) or not all(isinstance(value.get(key, ...), kind) for key, kind in kinds.items()):
+        return False
+    texts = [*value["machine"], *value["missing"], *map(value["paths"].get, ("python", "torch", "package", "mpi"))]
+    return all(isinstance(text, str) for text in texts) and value["cores"] > 0 and value["gpus"] >= 0
+
+
 def core_of(cpu: int) -> int:
     """The physical core that a CPU number of Linux belongs to, named by the first of its hyperthreads."""
     siblings = _read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
@@ -81,13 +97,15 @@ def cpu_limit(groups: str = "/proc/self/cgroup", folder: str = "/sys/fs/cgroup")
     """
     limits = []
     for line in _read(groups).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not path.startswith("/") or (controllers and "cpu" not in controllers.split(",")):
             continue  # one of version 1, for something else
         root = Path(folder, "cpu") if controllers else Path(folder)
         # In a container the path may be the host's, and the root be what it leads to there.
-        for group in (Path(path), *Path(path).parents):
-            place = root / group.relative_to("/")
+        below = Path(path.lstrip("/"))
+        for group in (below, *below.parents):
+            place = root / group
             if controllers:
                 quota, period = (_read(f"{place}/cpu.cfs_{name}_us") for name in ("quota", "period"))
             else:
@@ -141,8 +159,8 @@ def warn_of_shared_memory(mpi_family: str, num_ranks: int, free_bytes: int, host
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text().strip()
-    except OSError:
+        return Path(path).read_text(errors="replace").strip()
+    except (OSError, ValueError):  # the latter for a zero byte in the path
         return ""
 
 

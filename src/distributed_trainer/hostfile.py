@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-_LINE = re.compile(r"(?P<name>[\w.-]+)(?::(?P<mpich>\d+)|\s+slots\s*=\s*(?P<openmpi>\d+))?")
+_SLOTS = "[0-9]{1,9}"
+_LINE = re.compile(rf"(?P<name>\w[\w.-]*)(?::(?P<mpich>{_SLOTS})|\s+slots\s*=\s*(?P<openmpi>{_SLOTS}))?")
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ def read_hostfile(path: str | Path) -> list[Host]:
     """
     bare: Counter[str] = Counter()
     slots: Counter[str] = Counter()
-    for number, text in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
         line = text.partition("#")[0].strip()
         if not line:
             continue
         match = _LINE.fullmatch(line)
         count = match and (match["mpich"] or match["openmpi"])
-        if match is None or count == "0":
+        if match is None or (count and not int(count)):
             raise ValueError(
                 f"{path}, line {number}: `{line}` is no host. A line is `node1 slots=2`, `node1:2` or `node1`. Another "
                 f"user name or port belongs in ~/.ssh/config; for what else an MPI understands, call its mpirun."

@@ -27,7 +27,8 @@ from .errors import LaunchError
 LIMIT_SECONDS = 5.0
 _MAX_PROBLEMS = 12  # fit on a screen
 _SILENT = f"does not answer within {LIMIT_SECONDS:.0f} s. Is it up? See `{{shell}} {{name}} true`"
-_MARK = "distributed_trainer facts: "  # login scripts may print as well
+MARK = "distributed_trainer facts: "  # login scripts may print as well
+_MAX_BYTES = 1 << 20  # of what a host prints; more is read by nobody
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,32 @@ def _ask(name: str, shell: Sequence[str], request: Request, deadline: float) -> 
         process.wait()
         out.seek(0)
         err.seek(0)
-        answer, words = out.read().decode(errors="replace"), err.read().decode(errors="replace").strip()
-    for line in answer.splitlines():
-        if line.startswith(_MARK):
-            return json.loads(line[len(_MARK) :])
-    if "no-python" in answer.split():
+        output, words = out.read(_MAX_BYTES), err.read(_MAX_BYTES).decode(errors="replace").strip()
+    return read_answer(output, request) or _why_silent(name, shlex.join(shell), words, process.returncode)
+
+
+def read_answer(output: bytes, request: Request) -> dict[str, Any] | str | None:
+    """Finds what `host_facts` says of a host in what came back from it. Local.
+
+    Returns:
+        The facts, or what is wrong, or None if it said neither.
+    """
+    text = output.decode(errors="replace")
+    for line in text.splitlines():
+        if line.startswith(MARK):
+            try:
+                facts = json.loads(line[len(MARK) :])
+            except (ValueError, RecursionError):
+                facts = None
+            if host_facts.is_like_facts(facts):
+                return facts
+            return f"gave an answer that is damaged ({line[len(MARK) :][:80]!r}). Does a login script print there?"
+    if "no-python" in text.split():
         return (
             f"has no {request.python}. The same Python environment must lie at the same path on every host: install it "
             f"there, or share its folder"
         )
-    return _why_silent(name, shlex.join(shell), words, process.returncode)
+    return None
 
 
 def _script(request: Request) -> str:
@@ -157,7 +174,7 @@ def _script(request: Request) -> str:
         f"{exports}cd {shlex.quote(request.folder)} 2>/dev/null\n"
         f"[ -x {python} ] || {{ echo no-python; exit; }}\n"
         f"exec {python} - <<'END OF FACTS'\n{inspect.getsource(host_facts)}\n"
-        f"import json\nprint({_MARK!r} + json.dumps(host_facts(*{arguments!r})))\nEND OF FACTS\n"
+        f"import json\nprint({MARK!r} + json.dumps(host_facts(*{arguments!r})))\nEND OF FACTS\n"
     )
 
 

@@ -24,4 +24,4 @@ def note(what: str) -> None:
 
 def read(path: Path) -> list[str]:
     """The lines of a record; none if no rank could write it. Local."""
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(errors="replace").splitlines() if path.exists() else []

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint_form import require, require_count, require_shape
+
 SUFFIX = ".safetensors"
 _DTYPES = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16},
@@ -196,34 +198,62 @@ class Place:
 
 
 def read_places(path: Path) -> dict[str, Place]:
-    """The pieces in a file that is as it was written, by name. Local."""
+    """The pieces in a file, by name. Local.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError, LookupError, TypeError, RecursionError: It is not as `copy_to_files` makes them.
+    """
+    num_bytes = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        require(8 + length <= num_bytes, "the length of the header")
         header = json.loads(file.read(length))
-    offsets = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
-    return {
-        name: Place(
-            path,
-            8 + length + about["data_offsets"][0],
-            _DTYPES[about["dtype"]],
-            offsets[name]["saved_offsets"],
-            about["shape"],
-        )
-        for name, about in header.items()
-    }
+    require(isinstance(header, dict), "the header")
+    metadata = header.pop("__metadata__")
+    offsets = json.loads(metadata["DCP_SHARDING_INFO"])
+    places = {}
+    runs = []
+    for name, about in header.items():
+        begin, end = (require_count(offset, name) for offset in about["data_offsets"])
+        dtype, sizes = _DTYPES[about["dtype"]], require_shape(about["shape"], name)
+        require(end - begin == math.prod(sizes) * dtype.itemsize, name)
+        places[name] = Place(path, 8 + length + begin, dtype, offsets[name]["saved_offsets"], sizes)
+        runs.append((begin, end))
+    # One behind the other: else a short file could hold many long tensors.
+    last = 8 + length
+    for begin, end in sorted(runs):
+        require(8 + length + begin == last, "a tensor's place")
+        last = 8 + length + end
+    require(last == num_bytes, "the length")
+    return places
 
 
-def read_tensor(places: Sequence[Place]) -> Tensor:
-    """Reads a tensor of which these are all pieces. Local."""
-    if len(places) == 1:
-        return _read_piece(places[0])
-    ends = ([a + b for a, b in zip(place.offsets, place.sizes, strict=True)] for place in places)
-    whole = torch.empty([max(of_dim) for of_dim in zip(*ends, strict=True)], dtype=places[0].dtype)
+def read_tensor(places: Sequence[Place], dtype: str, shape: list[int]) -> Tensor:
+    """Reads a tensor of which these are all pieces. Local.
+
+    Raises:
+        OSError: One cannot be read.
+        ValueError, TypeError, EOFError: They are not this tensor's, or not all of it.
+    """
     for place in places:
-        block = whole
+        require(place.dtype == _DTYPES.get(dtype) and len(place.sizes) == len(shape), "a piece")
+        require(len(require_shape(place.offsets, "a piece")) == len(shape), "a piece")
+        ends = [offset + size for offset, size in zip(place.offsets, place.sizes, strict=True)]
+        require(all(end <= size for end, size in zip(ends, shape, strict=True)), "a piece")
+    require(sum(math.prod(place.sizes) for place in places) == math.prod(shape), "the number of elements")
+    if len(places) == 1:
+        require(places[0].sizes == shape, "a piece")
+        return _read_piece(places[0])
+    whole = torch.empty(shape, dtype=_DTYPES[dtype])
+    is_read = torch.zeros(shape, dtype=torch.bool)
+    for place in places:
+        block, is_block_read = whole, is_read
         for dim, (offset, size) in enumerate(zip(place.offsets, place.sizes, strict=True)):
-            block = block.narrow(dim, offset, size)
+            block, is_block_read = block.narrow(dim, offset, size), is_block_read.narrow(dim, offset, size)
+        require(not is_block_read.any(), "a piece")
         block.copy_(_read_piece(place))
+        is_block_read.fill_(True)
     return whole
 
 

@@ -7,6 +7,7 @@ ranks divide alike follows from their having the same names and sizes.
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .alignment import random_states, set_random_states, spread_random_states
 from .checkpoint import Checkpoint, decode, encode
+from .checkpoint_form import require
 from .errors import CheckpointError
 from .positions import Positions
 from .replica import Replica
@@ -157,20 +159,20 @@ class TrainingState:
 
     def put_back(self, checkpoint: Checkpoint, objects: Mapping[str, Any], rank: int, num_ranks: int) -> None:
         """Has everything go on from a checkpoint that `check` has accepted. Local."""
+        content, replica = checkpoint.content, self.replica
+        same_ranks = content["world_size"] == num_ranks
+        first = checkpoint.of_rank(0)
+        own = checkpoint.of_rank(rank) if same_ranks else first
+        streams = _random_from_json(own["random_states"], checkpoint)
         self._model.load_state_dict(checkpoint.state(MODEL))
         for name, value in objects.items():
             state = checkpoint.state(name)
             if isinstance(value, torch.optim.Optimizer):
                 _take_strides(value, state)
             value.load_state_dict(state)
-        content = checkpoint.content
-        replica = self.replica
-        first = checkpoint.of_rank(0)
         replica.num_steps, replica.num_sums, replica.num_skipped_steps = first["progress"]
         self._positions.restore(first["position"], replica.progress)
-        same_ranks = content["world_size"] == num_ranks
-        own = checkpoint.of_rank(rank) if same_ranks else first
-        set_random_states(_random_from_json(own["random_states"]), self._device)
+        set_random_states(streams, self._device)
         if not same_ranks and not self._has_common_stream:
             spread_random_states(rank)
 
@@ -202,10 +204,23 @@ def _random_to_json(states: tuple[Any, ...]) -> Any:
     return encode([python_state, (name, keys.tolist(), *rest), *data], "random", {})
 
 
-def _random_from_json(value: Any) -> tuple[Any, ...]:
-    python_state, (name, keys, *rest), *data = decode(value, {}.__getitem__)
-    of_torch = [None if one is None else torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in data]
-    return python_state, (name, np.array(keys, np.uint32), *rest), *of_torch
+def _random_from_json(value: Any, checkpoint: Checkpoint) -> tuple[Any, ...]:
+    try:
+        python_state, (name, keys, position, *rest), *data = decode(value, {}.__getitem__)
+        # NumPy does not look: it would take random numbers from anywhere in memory.
+        require(len(keys) == 624 and 0 <= position <= 624, "NumPy's random state")
+        numpy_state = name, np.array(keys, np.uint32), position, *rest
+        on_cpu, on_device = (
+            None if one is None else torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in data
+        )
+        random.Random().setstate(python_state)  # whether they are states at all
+        np.random.RandomState().set_state(numpy_state)
+        torch.Generator().set_state(on_cpu)
+    except (ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder} has random states that are none ({error}). Take another checkpoint."
+        ) from None
+    return python_state, numpy_state, on_cpu, on_device
 
 
 def _list(names: list[str]) -> str:

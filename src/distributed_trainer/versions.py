@@ -52,7 +52,7 @@ def check_alike(introductions: Sequence[str]) -> None:
     Raises:
         MismatchError: Ranks differ. The same on every rank.
     """
-    ranks = [json.loads(text) for text in introductions]
+    ranks = [_read(text, rank) for rank, text in enumerate(introductions)]
     names = list(dict.fromkeys(name for facts in ranks for name in facts if name != "host"))
     differences = [f"\n  {name}: {_by_value(name, ranks)}" for name in names if len({r.get(name) for r in ranks}) > 1]
     if differences:
@@ -63,12 +63,26 @@ def check_alike(introductions: Sequence[str]) -> None:
         )
 
 
+def _read(text: str, rank: int) -> dict[str, str]:
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise MismatchError(
+            f"rank {rank} says of itself {text[:80]!r}, which this version of distributed_trainer does not understand. "
+            f"Install the same version on all machines."
+        )
+    return {name: str(fact) for name, fact in facts.items()}
+
+
 def _by_value(name: str, ranks: Sequence[dict[str, str]]) -> str:
     hosts: dict[str, list[str]] = {}
     for facts in ranks:
         of_value = hosts.setdefault(facts.get(name, "unknown"), [])
-        if facts["host"] not in of_value:
-            of_value.append(facts["host"])
+        host = facts.get("host", "an unknown host")
+        if host not in of_value:
+            of_value.append(host)
     parts = []
     for value, where in hosts.items():
         others = f" and {len(where) - _NUM_NAMED_HOSTS} more" if len(where) > _NUM_NAMED_HOSTS else ""
