@@ -9,7 +9,8 @@
    not learn, the sums of the loss, and finishes the step.
 4. A rank in a step that nobody has brought so far goes back to its start: only buffers and random states have changed.
    All then repeat it with the batch divided anew, so that every sample counts once. To need no more memory than before,
-   each computes its larger part in several pieces, but with BatchNorm, whose statistics are of the whole batch.
+   each computes its larger part in several pieces. Not if the model has buffers, which forward may change once a piece:
+   BatchNorm's statistics, those that average or count.
 """
 
 from __future__ import annotations
@@ -224,9 +225,7 @@ class Elastic:
 
     def _num_pieces(self) -> int:
         """In how many pieces a part is computed so that none is longer than those of the first ranks."""
-        options = self._options
-        has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
-        if options.reproducible is not None or (has_batchnorm and options.sync_batchnorm):
+        if self._options.reproducible is not None or any(True for _ in self.model.buffers()):
             return 1
         return -(-self._first_world_size // self.world_size)
 
