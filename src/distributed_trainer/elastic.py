@@ -125,6 +125,8 @@ class Elastic:
             update(False)
             return result
         assert self._membership is not None
+        if not self._agreement.takes_whole_batches and self._positions.is_outdated(inputs, targets):
+            inputs, targets = self._positions.read_again(inputs, targets)  # ranks were killed in another call
         while True:
             begun, start = self._replica.progress, StepState(self.model, self.device)
             try:
