@@ -83,6 +83,8 @@ class Elastic:
     _join: Callable[..., None]
     _is_elastic = False
     """Set by `_begin_elastic`."""
+    _last_repeat: tuple[int, Any] = (0, None)
+    """Calls of `_repeat` that are done on this rank, and what the last has given."""
 
     def _begin_elastic(self) -> str | None:
         """Has steps survive deaths from now on, or returns why that cannot be. Local, the same on every rank."""
@@ -145,15 +147,17 @@ class Elastic:
     def _repeat(self, call: Callable[[], Any]) -> Any:
         """Returns what a collective call does that changes nothing before its end, called again where ranks are killed.
 
-        Collective, blocks.
+        Collective, blocks. The same is returned on every rank.
         """
-        while True:
+        number = self._last_repeat[0] + 1
+        while self._last_repeat[0] < number:
             try:
-                return call()
+                self._last_repeat = number, call()
             except DistributedTrainerError as error:
                 if not self._is_elastic or not self._membership.has_lost_rank(error):
                     raise
-            self._go_on(self._replica.progress, None, None)
+                self._go_on(self._replica.progress, None, None)
+        return self._last_repeat[1]
 
     def _go_on(
         self, begun: tuple[int, int], start: StepState | None, update: Callable[[bool], object] | None
@@ -177,7 +181,10 @@ class Elastic:
                 self._membership.recover()
                 groups = self._membership.create_groups()
                 own = self._replica.num_sums
-                rows = gather_objects(groups[1], (own, self._replica.is_settled, self._replica.outcome))
+                own_row = own, self._replica.is_settled, self._replica.outcome, self._last_repeat
+                rows = gather_objects(groups[1], own_row)
+                # A call that some rank has from all is done: that rank will not make it again.
+                self._last_repeat = max((row[3] for row in rows), key=lambda repeat: repeat[0])
                 newest = max(count for count, *_ in rows)
                 ahead = [rank for rank, (count, *_) in enumerate(rows) if count == newest]
                 if result is None and newest > begun[1]:
