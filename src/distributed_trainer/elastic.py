@@ -9,7 +9,8 @@
    not learn, the sums of the loss, and finishes the step.
 4. A rank in a step that nobody has brought so far goes back to its start: only buffers and random states have changed.
    All then repeat it with the batch divided anew, so that every sample counts once. To need no more memory than before,
-   each computes its larger part in several pieces, but with BatchNorm, whose statistics are of the whole batch.
+   each computes its larger part in several pieces. Not if the model has buffers, which forward may change once a piece:
+   BatchNorm's statistics, those that average or count.
 5. Rank 0 starts a process in the place of each that was killed. It runs the script until `resume`, where it waits. The
    next step begins with its admission: it gets the state from rank 0, as if from a checkpoint of that moment.
 """
@@ -106,6 +107,8 @@ class Elastic:
     _is_elastic = False
     """Set by `_begin_elastic`."""
     _num_tries_left = _MOST_TRIES
+    _last_repeat: tuple[int, Any] = (0, None)
+    """Calls of `_repeat` that are done on this rank, and what the last has given."""
 
     def _begin_elastic(self) -> str | None:
         """Has steps survive deaths from now on, or returns why that cannot be. Local, the same on every rank."""
@@ -158,6 +161,8 @@ class Elastic:
                 "this process takes the place of a killed one and needs its state: call trainer.resume before the "
                 "first step"
             )
+        if not self._agreement.takes_whole_batches and self._positions.is_outdated(inputs, targets):
+            inputs, targets = self._positions.read_again(inputs, targets)  # ranks were killed in another call
         while True:
             begun, start = self._replica.progress, StepState(self.model, self.device)
             self._start_replacement()
@@ -182,15 +187,17 @@ class Elastic:
     def _repeat(self, call: Callable[[], Any]) -> Any:
         """Returns what a collective call does that changes nothing before its end, called again where ranks are killed.
 
-        Collective, blocks.
+        Collective, blocks. The same is returned on every rank.
         """
-        while True:
+        number = self._last_repeat[0] + 1
+        while self._last_repeat[0] < number:
             try:
-                return call()
+                self._last_repeat = number, call()
             except DistributedTrainerError as error:
                 if not self._is_elastic or not self._membership.has_lost_rank(error):
                     raise
-            self._go_on(self._replica.progress, None, None)
+                self._go_on(self._replica.progress, None, None)
+        return self._last_repeat[1]
 
     def _go_on(
         self, begun: tuple[int, int], start: StepState | None, update: Callable[[bool], object] | None
@@ -214,7 +221,10 @@ class Elastic:
                 self._membership.recover()
                 groups = self._membership.create_groups()
                 own = self._replica.num_sums
-                rows = gather_objects(groups[1], (own, self._replica.is_settled, self._replica.outcome))
+                own_row = own, self._replica.is_settled, self._replica.outcome, self._last_repeat
+                rows = gather_objects(groups[1], own_row)
+                # A call that some rank has from all is done: that rank will not make it again.
+                self._last_repeat = max((row[3] for row in rows), key=lambda repeat: repeat[0])
                 newest = max(count for count, *_ in rows)
                 ahead = [rank for rank, (count, *_) in enumerate(rows) if count == newest]
                 if result is None and newest > begun[1]:
@@ -280,7 +290,11 @@ class Elastic:
             groups = self._membership.create_groups()
             are_new = gather_objects(groups[1], False)
             if groups[1].rank() == 0:
-                about = {"first_world_size": self._first_world_size, "threads": torch.get_num_threads()}
+                about = {
+                    "first_world_size": self._first_world_size,
+                    "threads": torch.get_num_threads(),
+                    "num_repeats": self._last_repeat[0],
+                }
                 for rank in (rank for rank, is_new in enumerate(are_new) if is_new):
                     handover.give(self._state, self._resumed_objects, about, groups[1], rank)
             self._rejoin(groups, 0)
@@ -307,6 +321,7 @@ class Elastic:
             gather_objects(groups[1], True)
             received = handover.take(groups[1], 0)
             self._first_world_size = received.about["first_world_size"]
+            self._last_repeat = received.about["num_repeats"], None
             torch.set_num_threads(received.about["threads"])
             self._state.check(received, objects)
             self._state.put_back(received, objects, groups[1].rank(), groups[1].size())
@@ -340,9 +355,7 @@ class Elastic:
 
     def _num_pieces(self) -> int:
         """In how many pieces a part is computed so that none is longer than those of the first ranks."""
-        options = self._options
-        has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
-        if options.reproducible is not None or (has_batchnorm and options.sync_batchnorm):
+        if self._options.reproducible is not None or any(True for _ in self.model.buffers()):
             return 1
         return -(-self._first_world_size // self.world_size)
 

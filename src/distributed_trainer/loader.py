@@ -41,6 +41,7 @@ class PartLoader:
         resumes: The next iteration goes on where `load_state_dict` says.
         origin: Where it was before it gave out what the trainer has not trained on yet.
         given: The last part that it gave out, while the loop over it runs.
+        is_given_outdated: That is the part of other ranks than there are now.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class PartLoader:
         self.resumes = False
         self.origin: Origin | None = None
         self.given: Any = None
+        self.is_given_outdated = False
         self._is_outdated = False  # parts that were read ahead are those of other ranks than there are now
         self._progress, self._device = progress, device
         self._seed = seed
@@ -120,7 +122,7 @@ class PartLoader:
             else:
                 part, is_empty = batch, self._plan.is_empty(self.num_read)
             self.num_read += 1
-            self.given = slice_batch(part, 0, 0) if is_empty else part
+            self.given, self.is_given_outdated = slice_batch(part, 0, 0) if is_empty else part, False
             yield self.given
         self.origin = self.given = None
         self.epoch, self.num_read = self.epoch + 1, 0
@@ -128,6 +130,7 @@ class PartLoader:
     def read_ahead_anew(self) -> None:
         """Has the loop in progress go on with the parts of the ranks that there are now. Local."""
         self._is_outdated = True
+        self.is_given_outdated = self.given is not None
 
     def read_again(self) -> Any:
         """The part that the ranks as they are now have of the batch that was given out last. Local.
@@ -139,6 +142,7 @@ class PartLoader:
         if isinstance(plan, _IterableBatches):
             raise TypeError("an iterable dataset gives each sample once")
         plan.part_of = self._split()
+        self.is_given_outdated = False
         self.given = self._loader.collate_fn(self._loader.dataset.__getitems__(plan.keys(number)))
         if plan.is_empty(number):
             self.given = slice_batch(self.given, 0, 0)

@@ -124,7 +124,8 @@ def _add_places(error: DistributedTrainerError) -> None:
 
 def is_rank_lost() -> bool:
     """Whether some rank is dead, stopped or does not answer. Local; asks other nodes, which takes up to a second."""
-    return any(engine.is_rank_lost() for engine in _engines)
+    # Where ranks may be killed the watch counts none as lost, though this script cannot go on without it.
+    return any(engine.has_lost_rank(1.0) or engine.is_rank_lost() for engine in _engines)
 
 
 def note_failure() -> None:

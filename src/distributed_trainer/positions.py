@@ -62,6 +62,17 @@ class Positions:
             if (loader := ref()) is not None:
                 loader.read_ahead_anew()
 
+    def is_outdated(self, inputs: Any, targets: Any) -> bool:
+        """Whether these may be parts of other ranks than there are now, given out before some were killed."""
+        loaders = [loader for ref in self._loaders if (loader := ref()) is not None]
+        if not any(loader.is_given_outdated for loader in loaders):
+            return False
+        own = {id(tensor) for tensor in _tensors((inputs, targets))}
+        for loader in loaders:
+            if own <= {id(tensor) for tensor in _tensors(loader.given)}:
+                return loader.is_given_outdated
+        return True
+
     def read_again(self, inputs: Any, targets: Any) -> tuple[Any, Any]:
         """The parts that the ranks as they are now have of the batch of which these are parts.
 
