@@ -147,6 +147,12 @@ Communicator Communicator::shrink() const {
   return Communicator(shrunk);
 }
 
+bool Communicator::agree(bool own) const {
+  int flag = own ? 1 : 0;
+  // An error says that some are dead, but the flag is that of all others.
+  return MPIX_Comm_agree(handle_, &flag) == MPI_SUCCESS && flag != 0;
+}
+
 bool Communicator::has_failed() const {
   int flag = 0;
   MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_SELF, &flag, MPI_STATUS_IGNORE);  // word of it comes by progress

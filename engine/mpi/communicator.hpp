@@ -72,11 +72,14 @@ class Communicator {
   Transfer barrier() const;
   Transfer gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const;
 
-  // These three only where survives_deaths().
+  // These four only where survives_deaths().
   // Local: all that waits in this communicator fails now, and all that is called in it later, on every rank.
   void revoke() const;
-  // Collective over the ranks that live, blocks: a communicator of them, in their order. Also of a revoked one.
+  // Collective over the ranks that live, blocks: a communicator of them, in their order. Also of a revoked one. All get
+  // the same.
   Communicator shrink() const;
+  // Likewise: whether all of them say so.
+  bool agree(bool own) const;
   // Local: whether it was revoked, on any rank, or a rank is known to have died. Drives MPI's progress.
   bool has_failed() const;
 

@@ -220,9 +220,7 @@ Communicator admit(const Communicator& living, Replacement* own) {
     living.revoke();  // others may wait for this rank
     if (pair != MPI_COMM_NULL) MPIX_Comm_revoke(pair);
   }
-  int have_all = merged ? 1 : 0;  // works on a revoked one, and says the same to all that live
-  if (MPIX_Comm_agree(living.handle_, &have_all) != MPI_SUCCESS) have_all = 0;
-  if (have_all == 0) {
+  if (!living.agree(merged.has_value())) {
     if (merged) merged->revoke();
     throw Error("a new process could not be admitted: " + reason);
   }

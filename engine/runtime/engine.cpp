@@ -62,7 +62,7 @@ EngineOptions begin_mpi(EngineOptions options) {
 
 Engine::Engine(const EngineOptions& options) : Engine(begin_mpi(options), mpi::Communicator::duplicate(options.communicator_address)) {}
 
-Engine::Engine(const EngineOptions& options, mpi::Communicator world)
+Engine::Engine(const EngineOptions& options, mpi::Communicator world, std::optional<mpi::Communicator> control)
     : options_(options),
       world_(world),
       max_tag_(world_.max_tag()),
@@ -86,7 +86,7 @@ Engine::Engine(const EngineOptions& options, mpi::Communicator world)
   const int num_cores = std::min(node_->num_cores(), options.cpu_limit.value_or(node_->num_cores()));
   has_thread_ = size() > 1 && (!one_node || num_cores >= spare_cores_per_rank * num_local);
   waiters_spin_ = num_cores >= num_local;
-  if (!one_node) control_ = std::make_shared<mpi::Mailbox>(copy_of_world(), true);
+  if (!one_node) control_ = std::make_shared<mpi::Mailbox>(control ? *control : world_.duplicate(), true);
   start_watch(all_gather);
   if (has_thread_) {
     thread_ = std::make_unique<std::thread>([this] { run(); });
@@ -133,8 +133,12 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
   drain();
   const Watch::Waiting waiting(*watch_, ranks, set_up);
   const bool is_everyone = ranks.size() == static_cast<std::size_t>(size()) && std::ranges::is_sorted(ranks);
-  mpi::Communicator communicator =
-      options_.survives_deaths && is_everyone ? copy_of_world() : world_.create_group(ranks, group_tag);
+  std::optional<mpi::Communicator> spare;
+  if (is_everyone && !spare_communicators_.empty()) {
+    spare = spare_communicators_.back();
+    spare_communicators_.pop_back();
+  }
+  const mpi::Communicator communicator = spare ? *spare : world_.create_group(ranks, group_tag);
   const AllGather all_gather = gather_over(communicator);
   auto blocks = std::make_shared<const Allocation>(node_->share(LocalGroup::block_bytes(), ranks, all_gather));
 
@@ -167,16 +171,6 @@ std::shared_ptr<Group> Engine::create_group(std::span<const int> ranks) {
   return group;
 }
 
-// Collective over all ranks.
-mpi::Communicator Engine::copy_of_world() {
-  if (!options_.survives_deaths) return world_.duplicate();
-  // Open MPI's create_group and dup wait for a dead rank for ever, revoked or not. This is made for it.
-  mpi::Communicator communicator = world_.shrink();
-  if (communicator.size() == size()) return communicator;
-  world_.revoke();
-  throw mpi::Error("a rank was killed while communicators were made");
-}
-
 void Engine::close_group(Group& group) {
   if (getpid() != owner_pid_) return;  // a forked child has not the group's memory
   const std::scoped_lock lock(drive_mutex_);
@@ -206,7 +200,7 @@ std::shared_ptr<mpi::Mailbox> Engine::create_mailbox() {
   std::vector<int> everyone(static_cast<std::size_t>(size()));
   std::iota(everyone.begin(), everyone.end(), 0);
   const Watch::Waiting waiting(*watch_, everyone, set_up);
-  auto mailbox = std::make_shared<mpi::Mailbox>(copy_of_world());
+  auto mailbox = std::make_shared<mpi::Mailbox>(world_.duplicate());
   mailboxes_.push_back(mailbox);
   return mailbox;
 }

@@ -140,9 +140,8 @@ class Engine {
   void close();
 
  private:
-  Engine(const EngineOptions& options, mpi::Communicator world);
+  Engine(const EngineOptions& options, mpi::Communicator world, std::optional<mpi::Communicator> control = std::nullopt);
   void stop_thread();
-  mpi::Communicator copy_of_world();
   void lose_rank(const std::string& reason);
   std::shared_ptr<Engine> go_on(mpi::Communicator members);
   void retire();
@@ -192,6 +191,7 @@ class Engine {
   std::atomic<bool> stopping_ = false;
   std::atomic<bool> has_lost_rank_ = false;
   bool is_closed_ = false;
+  std::vector<mpi::Communicator> spare_communicators_;  // of all ranks, for create_group(): see go_on()
   std::shared_ptr<mpi::Replacement> replacement_;
   std::unique_ptr<std::thread> thread_;
   std::unique_ptr<Watch> watch_;

@@ -43,20 +43,33 @@ std::shared_ptr<Engine> Engine::recover() {
   return go_on(*living);
 }
 
-// Collective over `members`: the engine that takes this one's place.
+// Collective over `members`: the engine that takes this one's place. Ranks may die meanwhile, and MPI's calls then fail on
+// some ranks and not on others, or wait for ever (MPI_Comm_create_group). So all agree on whether it is made, and the
+// communicators of its groups are made here, by shrinking, which does neither.
 std::shared_ptr<Engine> Engine::go_on(mpi::Communicator members) {
+  constexpr int num_spare = 3;  // the groups of a trainer
   watch_->close();
   for (;;) {
+    const mpi::Communicator control = members.shrink();
+    std::shared_ptr<Engine> next;
     try {
-      std::shared_ptr<Engine> next(new Engine(options_, members));
+      next.reset(new Engine(options_, members, control));
+    } catch (const mpi::Error&) {
+      members.revoke();  // others may wait for this rank
+    }
+    bool is_made = members.agree(next != nullptr);
+    for (int i = 0; is_made && i < num_spare; ++i) {
+      next->spare_communicators_.push_back(members.shrink());
+      is_made = next->spare_communicators_.back().size() == members.size();
+    }
+    if (is_made) {
       next->replacement_ = std::move(replacement_);
       next->watch_->take_settings(*watch_);
       retire();
       return next;
-    } catch (const mpi::Error&) {
-      members.revoke();  // another has died meanwhile
-      members = members.shrink();
     }
+    if (next) next->retire();
+    members = members.shrink();
   }
 }
 
@@ -98,6 +111,8 @@ void Engine::retire() {
   const std::scoped_lock lock(drive_mutex_);
   for (const auto& group : groups_) left_communicators_.push_back(group->communicator());
   groups_.clear();
+  left_communicators_.insert(left_communicators_.end(), spare_communicators_.begin(), spare_communicators_.end());
+  spare_communicators_.clear();
   try {
     for (mpi::Communicator& communicator : left_communicators_) communicator.close();
     world_.close();
