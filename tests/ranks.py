@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import os
 import shutil
@@ -29,6 +30,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    gc.disable()  # until the tests are collected: to search what is imported for garbage takes a third of the time
 
 import pytest
 
@@ -313,6 +317,10 @@ class Rank:
         order = (self.folder / "tests.txt").read_text().splitlines()
         items.sort(key=lambda item: order.index(item.nodeid))
 
+    def pytest_collection_finish(self) -> None:
+        gc.enable()
+        gc.freeze()
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             report.sections.insert(0, (f"on rank {self.rank} of {self.num_ranks}", ""))
@@ -377,7 +385,9 @@ def run_rank() -> int:
         f"--basetemp={folder}/temporary-{launcher.rank}",
     ]
     this_rank = Rank(folder, launcher.rank, launcher.size)
-    return pytest.main([*options, f"@{folder}/tests.txt"])
+    exit_code = pytest.main([*options, f"@{folder}/tests.txt"])
+    gc.freeze()  # torch's modules, which the end of Python would search
+    return exit_code
 
 
 if __name__ == "__main__":

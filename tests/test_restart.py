@@ -2,7 +2,6 @@
 """`distributed-trainer run --restarts`: what is started again, where, and what exit code tells of it."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -57,15 +56,6 @@ def start(tmp_path):
             process.kill()
             process.communicate()
     assert not list(tmp_path.glob(".distributed-trainer*"))
-
-
-def test_killed_rank(start, tmp_path):
-    job = start("os.kill(os.getpid(), signal.SIGKILL)")
-    out, err = job.communicate(timeout=START_SECONDS)
-    assert job.returncode == 0, err
-    assert sorted(re.findall(r"end \d", out)) == ["end 0", "end 1"]
-    assert (tmp_path / "attempts").read_text() == "xx"
-    assert len(re.findall(r"the job has ended with exit code \d+ after \d+ s; restart 1 of 1$", err, re.MULTILINE)) == 1
 
 
 def test_restarts_that_do_not_help(start, tmp_path):
