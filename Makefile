@@ -17,7 +17,7 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 unexport PYTHONDONTWRITEBYTECODE
 
 # Tests of what is above the engine run under one MPI.
-ANY_MPI := balance batchnorm checkpoint clocks compression criterion data ddp devices direct direct_linear drift evaluate fsdp \
+ANY_MPI := balance batchnorm checkpoint clocks compression criterion data ddp devices direct direct_linear drift elastic evaluate fsdp \
 	functional fuzzed gradients hostfile layers loader memory microbatches misuse mixed_precision mpi_environment nonfinite \
 	operations own_loop parallel preflight profile public_api readme reproducible reporting restart sharding stalls state timeouts \
 	timing versions wire_dtype works

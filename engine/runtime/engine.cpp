@@ -382,8 +382,8 @@ void Engine::close() {
   meet_at_end();
   const std::scoped_lock lock(drive_mutex_);
   for (const auto& mailbox : mailboxes_) mailbox->close();
-  if (has_lost_rank_) {
-    // The end of MPI may wait for the dead; the system's end of this process lets go of everything.
+  if (options_.survives_deaths) {
+    // The end of MPI would wait for ranks that die as it is called. That of the process lets go of everything, too.
   } else if (options_.initialized_mpi) {
     // MPI may wait for ever for what peers that were given up have not sent.
     if (!abandoned_groups_.empty()) std::thread(end_without_mpi).detach();

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`distributed-trainer run --elastic`: ranks are killed at all places of a training, and the others end it.
+
+What they end with is what one process has that nothing disturbs (elastic_training.py). A kill is written
+STEP:RANK:PLACE, of a rank that had this number at the start.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import elastic_training as training
+import pytest
+import torch
+from ranks import is_openmpi
+from scripts import HEAD, START_SECONDS, TRAINER
+from test_run import shell_environment
+from torch.utils.data import IterableDataset
+
+from distributed_trainer import RankLostError, mpirun
+from distributed_trainer.library import MPILibrary
+from distributed_trainer.loader import PartLoader
+from distributed_trainer.positions import Positions
+
+if not is_openmpi():
+    pytest.skip("needs Open MPI 5: MPICH ends the job when a rank is killed", allow_module_level=True)
+
+SCRIPT = Path(training.__file__)
+LONG = [pytest.mark.long, pytest.mark.any_mpi]  # each launch takes 5 s
+
+
+def start(folder, command, *words, **environment):
+    """Runs Python in a folder; returns its exit code and errors."""
+    result = subprocess.run(
+        [sys.executable, *command, *map(str, words)],
+        cwd=folder,
+        env=shell_environment(TMPDIR=str(folder), **environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=2 * START_SECONDS,
+    )
+    return result.returncode, result.stderr
+
+
+def launch(folder, num_ranks, *words, restarts=1, **environment):
+    """`run --elastic`, likewise."""
+    command = ["-m", "distributed_trainer", "run", "--elastic", "--restarts", restarts, "-np", num_ranks]
+    return start(folder, map(str, command), *words, **environment)
+
+
+def train(folder, num_ranks, kind, events, ranks_per_node=0):
+    """Trains on so many ranks; returns what each survivor ends with, by its first rank, and what was said."""
+    code, err = launch(folder, num_ranks, SCRIPT, folder, kind, *events, DTRAIN_RANKS_PER_NODE=str(ranks_per_node))
+    assert code == 0, err
+    killed = {int(event.split(":")[1]) for event in events if "held" not in event}
+    results = {int(file.stem): torch.load(file) for file in folder.glob("*.pt")}
+    assert set(results) == set(range(num_ranks)) - killed, err
+    assert "restart" not in err
+    return results, err
+
+
+def check_said(err, num_ranks, said, num_named):
+    """That each recovery is told in a line, and each death that a neighbour has seen once."""
+    lines = []
+    for killed, how in said:
+        left = num_ranks - killed
+        lines.append(f"{killed} of {num_ranks} ranks were killed: training goes on with {left}, {how}.")
+        num_ranks = left
+    found = re.findall(r"^\d+ of \d+ ranks were killed.*$", err, re.MULTILINE)
+    assert len(found) == len(lines), err
+    for line, pattern in zip(found, lines, strict=True):
+        assert re.fullmatch(pattern, line), err
+    assert len(set(re.findall(r"rank \d \(\S+, process \d+\) is dead: killed", err))) == num_named, err
+    assert err.count(" is dead: ") == num_named, err
+
+
+def check_alike(result, kind):
+    """That a survivor's losses, weights and buffers are those of one process."""
+    losses, model, accuracy = training.plain(kind)
+    torch.testing.assert_close(torch.tensor(result["losses"]), torch.tensor(losses), rtol=1e-4, atol=1e-5)
+    state = model.state_dict()
+    state["6.count"] *= kind.of_step.get("microbatches", 1) if kind.of_step != {"microbatches": "auto"} else 1
+    torch.testing.assert_close(result["state"], state, rtol=1e-4, atol=1e-5)
+    assert result["accuracy"] == pytest.approx(accuracy)
+    assert result["num_skipped_steps"] == (kind.options.get("nonfinite_gradients") == "skip")
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_ranks", "ranks_per_node", "events", "said", "num_named"),
+    [
+        pytest.param(
+            *("whole", 4, 0, ["0:2:backward", "4:0:commit", "11:3:optimizer"]),
+            *([(1, "repeating step 1"), (1, "(after step 5|repeating step 6)"), (1, "after step 12")], 3),
+            id="whole",
+        ),
+        pytest.param(
+            *("whole", 4, 2, ["2:0:sum", "2:1:sum", "12:2:summary"]),
+            *([(2, "repeating step 3"), (1, "after step 12")], 1),
+            id="whole-two-machines",
+        ),
+        pytest.param(
+            *("batchnorm", 4, 0, ["3:0:forward", "3:2:forward", "4:1:commit"]),
+            *([(2, "repeating step 4"), (1, "(after step 5|repeating step 6)")], 3),
+            id="batchnorm",
+        ),
+        pytest.param(
+            *("batchnorm", 3, 1, ["2:0:backward", "5:1:evaluate"]),
+            *([(1, "repeating step 3"), (1, "after step 5")], 0),
+            id="batchnorm-three-machines",
+            marks=LONG,
+        ),
+        pytest.param(
+            *("loader", 4, 0, ["0:0:sum", "5:2:evaluate", "11:3:updated"]),
+            *([(1, "repeating step 1"), (1, "after step 5"), (1, "after step 12")], 3),
+            id="loader",
+        ),
+        pytest.param(
+            *("worker", 3, 0, ["4:0:between", "6:2:backward"]),
+            *([(1, "repeating step 5"), (1, "repeating step 7")], 2),
+            id="worker",
+            marks=LONG,
+        ),
+        pytest.param(
+            *("microbatches", 3, 0, ["1:1:optimizer", "12:0:close"]),
+            *([(1, "(after step 2|repeating step 3)"), (1, "after step 12")], 2),
+            id="microbatches",
+            marks=LONG,
+        ),
+        pytest.param(
+            *("auto", 3, 0, ["1:1:forward", "3:2:sum"]),
+            *([(1, "repeating step 2"), (1, "repeating step 4")], 2),
+            id="auto",
+            marks=LONG,
+        ),
+        # One survivor has passed the commit point, of a step that raises and then of one with buffers; the other not.
+        pytest.param(
+            *("whole", 3, 0, ["4:2:commit", "4:0:held"]),
+            *([(1, "after step 5")], 1),
+            id="one-has-passed-raising",
+        ),
+        pytest.param(
+            *("batchnorm", 3, 0, ["2:2:commit", "2:1:held"]),
+            *([(1, "(after step 3|repeating step 4)")], 1),
+            id="one-has-passed-batchnorm",
+        ),
+        # One survivor has the result of evaluate, the other not.
+        pytest.param(
+            *("loader", 3, 0, ["5:2:evaluated", "5:0:held-in-evaluate"]),
+            *([(1, "after step 5")], 1),
+            id="one-has-evaluated",
+        ),
+    ],
+)
+def test_killed(tmp_path, kind, num_ranks, ranks_per_node, events, said, num_named):
+    results, err = train(tmp_path, num_ranks, kind, events, ranks_per_node)
+    for result in results.values():
+        check_alike(result, training.KINDS[kind])
+        assert result["num_ranks"] == num_ranks - sum(killed for killed, _ in said)
+    check_said(err, num_ranks, said, num_named)
+
+
+def test_bits(tmp_path):
+    """In reproducible mode, with dropout: those of one process."""
+    events = ["0:3:forward", "4:0:commit", "8:1:backward"]
+    results, err = train(tmp_path, 4, "reproducible", events)
+    (tmp_path / "alone").mkdir()
+    code, errors_alone = start(tmp_path, [], SCRIPT, tmp_path / "alone", "reproducible")
+    assert code == 0, errors_alone
+    alone, result = torch.load(tmp_path / "alone" / "0.pt"), results[2]
+    assert result["losses"] == alone["losses"], err
+    for name, value in alone["state"].items():
+        assert torch.equal(result["state"][name], value), name
+
+
+# Notes its attempts; only in the first one anything happens.
+ATTEMPTS = """
+import gc
+is_first = not os.path.exists("ended")
+def end():
+    print("end", flush=True)
+    open("ended", "w").close()
+def kill_one(trainer):
+    trainer.summary()
+    open("ended", "w").close()
+    trainer.summary()
+    if is_first and trainer.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+OBSTACLES = """
+from distributed_trainer.compression import PowerSGD
+for options in ({"shard_optimizer": True}, {"compression": PowerSGD(rank=1)}, {"split_batches": False}):
+    trainer = create_distributed_trainer(model, **options)
+    trainer.close()
+    del trainer
+    gc.collect()
+trainer, other = create_distributed_trainer(model), create_distributed_trainer(nn.Linear(3, 2))
+kill_one(trainer)
+step(trainer)
+"""
+REASONS = (
+    "with shard_optimizer a killed rank takes its part of the optimizer's state along",
+    "with compression a killed rank takes along what it has not sent yet",
+    "with split_batches=False a killed rank takes its samples along",
+    "the script has several trainers",
+)
+
+
+def test_obstacles(tmp_path):
+    """They are named at the start, and a kill then ends the job, which is started again."""
+    (tmp_path / "train.py").write_text(HEAD + ATTEMPTS + OBSTACLES)
+    code, err = launch(tmp_path, 2, "train.py")
+    assert code == 0, err
+    assert err.count("; restart 1 of 1") == 1, err
+    for reason in REASONS:
+        line = f"--elastic: a killed rank ends the job, which may then be started again, since {reason}."
+        assert err.count(line) == 2, err  # by rank 0 of each attempt
+    assert "ranks were killed" not in err
+
+
+CHANGED_BATCH = """
+from torch.utils.data import TensorDataset
+trainer = create_distributed_trainer(model)
+loader = trainer.loader(TensorDataset(torch.randn(8, 3), torch.arange(8) % 2), 4)
+for x, y in loader:
+    kill_one(trainer)
+    step(trainer, 2 * x, y)
+"""
+
+
+def test_changed_batch(tmp_path):
+    """It cannot be read again: the job is started again."""
+    (tmp_path / "train.py").write_text(HEAD + ATTEMPTS + CHANGED_BATCH)
+    code, err = launch(tmp_path, 3, "train.py")
+    assert code == 0, err
+    assert re.search(
+        r"RankLostError: ranks were killed, and their part of the batch cannot be read again: what train_step was "
+        r"given is not, tensor by tensor, what trainer.loader gave out. Change samples in the dataset, in collate_fn "
+        r"or in the model; or have the job started again \(--restarts\)",
+        err,
+    ), err
+    assert err.count("; restart 1 of 1") == 1, err
+
+
+def test_iterable_dataset():
+    """It cannot be read again, either."""
+
+    class Samples(IterableDataset):
+        def __iter__(self):
+            return ((torch.ones(3), number) for number in range(8))
+
+    positions = Positions()
+    positions.add(loader := PartLoader(Samples(), 4, lambda: lambda num_samples: (0, num_samples), seed=0))
+    batch = next(iter(loader))
+    with pytest.raises(RankLostError, match="an iterable dataset gives each sample once"):
+        positions.read_again(*batch)
+
+
+def test_exception(tmp_path):
+    """Nobody goes on without a rank that raises, nor is the job started again."""
+    (tmp_path / "train.py").write_text(HEAD + TRAINER + "if rank == 1:\n    1 / 0\nstep(trainer)\nstep(trainer)\n")
+    code, err = launch(tmp_path, 3, "train.py")
+    assert code == 1, err
+    assert err.count("ZeroDivisionError") == 1, err
+    assert "ranks were killed" not in err
+    assert "; restart" not in err
+
+
+def test_without_fault_tolerance(run):
+    """An mpirun of one's own that does not have it."""
+    job = run("trainer = create_distributed_trainer(model)\nstep(trainer)\n", DTRAIN_ELASTIC="1")
+    assert job.process.wait(START_SECONDS) == 0
+    reason = "it needs Open MPI 5, started with `--with-ft ulfm`"
+    assert f"--elastic: a killed rank ends the job, which may then be started again, since {reason}." in job.err
+
+
+def test_mpich_has_it_not():
+    assert mpirun.elastic_settings(MPILibrary("libmpi.so.12", "mpich")) == ([], {"DTRAIN_ELASTIC": "1"})
