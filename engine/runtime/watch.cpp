@@ -32,8 +32,8 @@ constexpr double share_for_answers = 0.2;
 // could take because user code does not come back.
 constexpr std::int64_t launcher_patience_ms = 2000;
 constexpr std::int64_t error_patience_ms = 5000;
-// And where they are to go on without the dead: by then they would have.
-constexpr std::int64_t recovery_patience_ms = 30000;
+// And where they are to go on without the dead: by then they would have, had MPI not got stuck.
+constexpr std::int64_t recovery_patience_ms = 10000;
 
 // Of the process's one watch with a SIGTERM handler.
 std::atomic<StatusPage*> handler_page = nullptr;
