@@ -149,8 +149,13 @@ Communicator Communicator::shrink() const {
 
 bool Communicator::agree(bool own) const {
   int flag = own ? 1 : 0;
-  // An error says that some are dead, but the flag is that of all others.
   return MPIX_Comm_agree(handle_, &flag) == MPI_SUCCESS && flag != 0;
+}
+
+bool Communicator::agree_of_living(bool own) const {
+  int flag = own ? 1 : 0;
+  MPIX_Comm_agree(handle_, &flag);  // an error says that some are dead; the flag is that of the others all the same
+  return flag != 0;
 }
 
 bool Communicator::has_failed() const {

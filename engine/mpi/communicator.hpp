@@ -78,8 +78,10 @@ class Communicator {
   // Collective over the ranks that live, blocks: a communicator of them, in their order. Also of a revoked one. All get
   // the same.
   Communicator shrink() const;
-  // Likewise: whether all of them say so.
+  // Likewise: whether all of them say so, and none has died but those whose death this rank knew before.
   bool agree(bool own) const;
+  // Likewise, whoever has died.
+  bool agree_of_living(bool own) const;
   // Local: whether it was revoked, on any rank, or a rank is known to have died. Drives MPI's progress.
   bool has_failed() const;
 

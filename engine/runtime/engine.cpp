@@ -383,6 +383,8 @@ void Engine::close() {
   const std::scoped_lock lock(drive_mutex_);
   for (const auto& mailbox : mailboxes_) mailbox->close();
   if (options_.survives_deaths) {
+    // A rank may be in recover(), if another was killed after it had taken part in this one's last operation.
+    if (!have_others_ended_) world_.agree_of_living(false);
     // The end of MPI would wait for ranks that die as it is called. That of the process lets go of everything, too.
   } else if (options_.initialized_mpi) {
     // MPI may wait for ever for what peers that were given up have not sent.

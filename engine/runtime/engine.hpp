@@ -121,6 +121,7 @@ class Engine {
   // Whether that has happened; waits for it up to `timeout`, since errors may be here before the word of it. Local.
   bool has_lost_rank(std::chrono::milliseconds timeout);
   // Then, collective over the ranks that live, blocks: an engine of them, in their order, which takes this one's place.
+  // None if one of them is in close(): the others have come to their end.
   std::shared_ptr<Engine> recover();
 
   // Starts a process to take the place of one that was killed. Local, returns at once; to be called on rank 0.
@@ -190,6 +191,7 @@ class Engine {
   std::vector<std::shared_ptr<Group>> abandoned_groups_;  // closed ones into whose memory MPI may still write
   std::atomic<bool> stopping_ = false;
   std::atomic<bool> has_lost_rank_ = false;
+  bool have_others_ended_ = false;
   bool is_closed_ = false;
   std::vector<mpi::Communicator> spare_communicators_;  // of all ranks, for create_group(): see go_on()
   std::shared_ptr<mpi::Replacement> replacement_;

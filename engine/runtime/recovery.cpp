@@ -38,6 +38,8 @@ std::shared_ptr<Engine> Engine::recover() {
   std::optional<mpi::Communicator> living;
   {
     const Watch::Waiting waiting(*watch_, watch_->living(), {.collective = Collective::set_up});
+    have_others_ended_ = !world_.agree_of_living(true);
+    if (have_others_ended_) return nullptr;
     living = world_.shrink();
   }
   return go_on(*living);

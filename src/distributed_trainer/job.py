@@ -24,7 +24,7 @@ from torch._C._dynamo import eval_frame
 
 from . import devices, host_facts, launch, library, mpi_environment, mpirun, places, record, versions
 from .backend import ProcessGroupShmpi, gather_objects
-from .errors import LaunchError, MismatchError
+from .errors import LaunchError, MismatchError, RankLostError
 from .inner import ProcessGroupShmpiWithInner
 from .store import MPIStore
 from .work import Work
@@ -217,8 +217,15 @@ def start(num_gpus: int | None, comm: Any) -> Job:
 
 
 def recover(job: Job) -> Job:
-    """The job of the ranks that live, when others of an elastic one were killed. Collective over them, blocks."""
-    return _go_on(job, job.engine.recover())
+    """The job of the ranks that live, when others of an elastic one were killed. Collective over them, blocks.
+
+    Raises:
+        RankLostError: Some of them have come to their end already.
+    """
+    engine = job.engine.recover()
+    if engine is None:
+        raise RankLostError("a rank was killed, and others have come to the end of their script already")
+    return _go_on(job, engine)
 
 
 def admit(job: Job) -> Job:
