@@ -151,6 +151,8 @@ def check_alike(result, kind):
             *([(1, "after step 5")], 1),
             id="one-has-evaluated",
         ),
+        # One survivor has got through the meeting at the end, the other not.
+        pytest.param(*("whole", 3, 0, ["12:2:closed", "12:0:held-in-close"]), *([], 1), id="one-has-ended"),
     ],
 )
 def test_killed(tmp_path, kind, num_ranks, ranks_per_node, events, said, num_named):
