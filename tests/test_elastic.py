@@ -62,7 +62,7 @@ def train(folder, num_ranks, kind, events, ranks_per_node=0):
 
 
 def check_said(err, num_ranks, said, num_named):
-    """That each recovery is told in a line, and each death that a neighbour has seen once."""
+    """That each recovery is told in a line, and deaths that a neighbour has seen, once."""
     lines = []
     for killed, how in said:
         left = num_ranks - killed
@@ -72,8 +72,10 @@ def check_said(err, num_ranks, said, num_named):
     assert len(found) == len(lines), err
     for line, pattern in zip(found, lines, strict=True):
         assert re.fullmatch(pattern, line), err
-    assert 1 <= len(set(re.findall(r"rank \d \(\S+, process \d+\) is dead: killed", err))) <= num_named, err
-    assert err.count(" is dead: ") == num_named, err
+    # Once each; but of two at once the second may be gone before anybody has looked for it.
+    named = re.findall(r"rank \d \(\S+, process (\d+)\) is dead: killed", err)
+    assert min(num_named, 1) <= len(named) <= num_named, err
+    assert len(set(named)) == len(named), err
 
 
 def check_alike(result, kind):
