@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import mpirun_path
 from scripts import is_alive
 from test_run import shell_environment
 
@@ -60,7 +61,7 @@ if trainer.rank == 0:
 @pytest.mark.long
 @pytest.mark.timeout(6 * SECONDS + 300)
 def test_soak(tmp_path):
-    if b"Open MPI) 5" not in subprocess.run(["mpirun", "--version"], capture_output=True, check=True).stdout:
+    if b"Open MPI) 5" not in subprocess.run([mpirun_path(), "--version"], capture_output=True, check=True).stdout:
         pytest.skip("needs Open MPI 5, whose ranks outlive each other")
     seed = random.randrange(1 << 32)
     rng = random.Random(seed)
