@@ -124,7 +124,7 @@ def _add_places(error: DistributedTrainerError) -> None:
 
 def is_rank_lost() -> bool:
     """Whether some rank is dead, stopped or does not answer. Local; asks other nodes, which takes up to a second."""
-    # Where ranks may be killed the watch counts none as lost, though this script cannot go on without it.
+    # An error may be here before the word of the death that it comes from.
     return any(engine.has_lost_rank(1.0) or engine.is_rank_lost() for engine in _engines)
 
 
