@@ -8,7 +8,6 @@ death first.
 
 import math
 import os
-import random
 import signal
 import sys
 from collections.abc import Callable
@@ -88,8 +87,8 @@ def plain(kind: Kind) -> tuple[list[float], nn.Module, float]:
     """One process: the loss of each step, the model, the accuracy before EVALUATE_STEP."""
     model, (inputs, targets) = make_model(kind), make_data()
     optimizer = kind.optimizer(model.parameters(), lr=0.01)
-    random.seed(SEED)
-    seed = random.getrandbits(48)  # as the loader draws it
+    torch.manual_seed(SEED)
+    seed = int(torch.empty((), dtype=torch.int64).random_())  # as the loader draws it
     losses, accuracy, num_batches = [], 0.0, NUM_SAMPLES // BATCH_SIZE
     for step in range(NUM_STEPS):
         order = torch.arange(NUM_SAMPLES)
@@ -173,7 +172,7 @@ def main(folder: Path, name: str, *words: str) -> None:
     kind = KINDS[name]
     model, (inputs, targets) = make_model(kind), make_data()
     optimizer = kind.optimizer(model.parameters(), lr=0.01)
-    random.seed(SEED)
+    torch.manual_seed(SEED)
     trainer = create_distributed_trainer(model, **kind.options)
     first_rank = trainer.rank
     victim = Victim(first_rank, list(words))

@@ -13,12 +13,11 @@ from test_run_hosts_long import Shell
 pytestmark = pytest.mark.long
 
 SCRIPT = """
-import os, random, signal, time
+import os, signal, time
 import torch
 from torch import nn
 from distributed_trainer import create_distributed_trainer
 
-random.seed(3)
 torch.manual_seed(1)
 model = nn.Sequential(nn.Linear(20, 512), nn.ReLU(), nn.Linear(512, 300), nn.ReLU(), nn.Linear(300, 5))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -218,6 +218,17 @@ def test_not_after_whole_batches(world):
     trainer.close()
 
 
+def test_seed():
+    """torch's decides on the order."""
+    orders = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        trainer = create_distributed_trainer(nn.Linear(1, 1))
+        orders.append(torch.cat([part for part, _ in trainer.loader(Squares(20), 2, shuffle=True)]).tolist())
+        trainer.close()
+    assert orders[0] == orders[1] != orders[2]
+
+
 def test_epochs():
     """All of them, or those that the loader's state leaves, the first from its middle."""
     trainer = create_distributed_trainer(nn.Linear(1, 1))

@@ -100,9 +100,6 @@ def compare(world, train, num_shards=8, dtype=torch.float32, **options):
     digests = []
     for comm in (world.comm, MPI.COMM_SELF):
         torch.manual_seed(0)
-        import random
-
-        random.seed(0)
         with create_distributed_trainer(Net(dtype), comm=comm, reproducible=num_shards, **options) as trainer:
             assert trainer.world_size == comm.size
             digests.append(train(trainer))
@@ -233,8 +230,6 @@ from test_reproducible import Net, train_on_batches, train_with_loader
 results = []
 for train in (train_on_batches, train_with_loader):
     torch.manual_seed(0)
-    import random
-    random.seed(0)
     with create_distributed_trainer(Net(), reproducible=8) as trainer:
         results.append(train(trainer))
 if trainer.rank == 0:

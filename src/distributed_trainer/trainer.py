@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 
 from .advice import Advice
 from .agreement import Agreement
+from .alignment import draw_seed
 from .backend import gather_objects
 from .computation import StepComputation
 from .criterion import Weighted
@@ -234,7 +234,7 @@ class DistributedTrainer(OwnLoop, SaveAndLoad, Elastic):
         Args:
             dataset: With an index, or iterable; then each rank goes through all of it and keeps its part.
             batch_size: Samples of a global batch.
-            shuffle: A new order in each epoch.
+            shuffle: A new order in each epoch, by a seed from torch's random stream: `torch.manual_seed` sets it.
             drop_last: Leave out a last batch that is smaller.
             options: Others of torch.utils.data.DataLoader: `num_workers`, `collate_fn`, `pin_memory` and so on.
 
@@ -250,7 +250,7 @@ class DistributedTrainer(OwnLoop, SaveAndLoad, Elastic):
             )
         # A run that goes on has drawn it already.
         draws = not self._positions.is_restored_next
-        own_seed = random.getrandbits(48) if draws else 0
+        own_seed = draw_seed() if draws else 0
         seed = self._repeat(lambda: gather_objects(self._group, own_seed)[0]) if draws else 0
         num_shards = self._options.reproducible
 
