@@ -2,8 +2,7 @@
 """What `run --elastic` costs, and how soon training goes on: python benchmarks/elastic.py
 
 "recovery" is from the kill of a rank between two steps, while the others are in the next one, until these have made
-it. "step" is the median of the slowest rank, with what an elastic step does more and without, which take turns in one
-job; the thread that watches looks around every 20 ms in both.
+it. "step" is the median of the slowest rank, and of launches with `--elastic` and without, which take turns.
 """
 
 import json
@@ -21,7 +20,8 @@ from torch import nn
 
 NUM_KILLS = 12
 NUM_STEPS = {"small": 1000, "batchnorm": 200}
-STEPS_OF_TURN = 20
+NUM_LAUNCHES = 7  # of each kind
+NUM_FIRST_STEPS = 40  # do not count
 
 
 def make_model(name: str) -> nn.Module:
@@ -48,8 +48,6 @@ def train(name: str, num_steps: int, folder: Path, victims: list[int]) -> None:
             time.sleep(0.1)  # the others wait in the step by now
             (folder / f"killed-{step}").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
-        if not victims:
-            trainer._is_elastic = step // STEPS_OF_TURN % 2 == 1
         began = time.time()
         trainer.train_step(inputs, targets, criterion, optimizer)
         steps.append((began, time.time()))
@@ -57,10 +55,10 @@ def train(name: str, num_steps: int, folder: Path, victims: list[int]) -> None:
     trainer.close()
 
 
-def launch(num_ranks: int, name: str, num_steps: int, victims: list[int]) -> Path:
+def launch(options: list[str], num_ranks: int, name: str, num_steps: int, victims: list[int]) -> Path:
     """Has `train` run on ranks; returns the folder."""
     folder = Path(tempfile.mkdtemp())
-    command = [sys.executable, "-m", "distributed_trainer", "run", "--elastic", "-np", str(num_ranks), __file__]
+    command = [sys.executable, "-m", "distributed_trainer", "run", *options, "-np", str(num_ranks), __file__]
     words = [name, str(num_steps), str(folder), json.dumps(victims)]
     subprocess.run([*command, *words], check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=300)
     return folder
@@ -73,21 +71,15 @@ def steps_of(folder: Path) -> list[list[tuple[float, float]]]:
 
 def recovery_seconds(num_ranks: int) -> list[float]:
     """Of one launch: for each rank that is killed, with others, until one is left."""
-    folder = launch(num_ranks, "small", 20 * num_ranks, list(range(num_ranks - 1)))
+    folder = launch(["--elastic"], num_ranks, "small", 20 * num_ranks, list(range(num_ranks - 1)))
     kills = {int(file.name.split("-")[1]): float(file.read_text()) for file in folder.glob("killed-*")}
     return [max(rank[step][1] for rank in steps_of(folder)) - at for step, at in sorted(kills.items())]
 
 
-def step_seconds(num_ranks: int, name: str) -> tuple[float, float]:
-    """Without and with what an elastic step does more."""
-    medians = []
-    for of_rank in steps_of(launch(num_ranks, name, NUM_STEPS[name], [])):
-        times: tuple[list[float], list[float]] = [], []
-        for step, (began, end) in enumerate(of_rank):
-            if step >= 2 * STEPS_OF_TURN and step % STEPS_OF_TURN:  # the first of a turn meets the other's caches
-                times[step // STEPS_OF_TURN % 2].append(end - began)
-        medians.append((median(times[0]), median(times[1])))
-    return max(usual for usual, _ in medians), max(elastic for _, elastic in medians)
+def step_seconds(options: list[str], num_ranks: int, name: str) -> float:
+    """Of one launch: the median on the slowest rank."""
+    ranks = steps_of(launch(options, num_ranks, name, NUM_STEPS[name], []))
+    return max(median(end - began for began, end in steps[NUM_FIRST_STEPS:]) for steps in ranks)
 
 
 def main() -> None:
@@ -98,8 +90,10 @@ def main() -> None:
         print(f"recovery, from {num_ranks} ranks to 1: {text}", flush=True)
     for name in NUM_STEPS:
         num_parameters = sum(parameter.numel() for parameter in make_model(name).parameters())
-        usual, elastic = step_seconds(2, name)
-        text = f"{1e3 * usual:.3f} ms, elastic {1e3 * elastic:.3f} ms"
+        kinds = ([], ["--elastic"])
+        pairs = [[step_seconds(options, 2, name) for options in kinds] for _ in range(NUM_LAUNCHES)]
+        usual, elastic = (median(times) for times in zip(*pairs, strict=True))
+        text = f"{1e3 * usual:.3f} ms, elastic {1e3 * elastic:.3f} ms of {NUM_LAUNCHES} launches each"
         print(f"step of {name}, {num_parameters} parameters, 2 ranks: {text}", flush=True)
 
 
