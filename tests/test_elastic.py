@@ -178,6 +178,57 @@ def test_bits(tmp_path):
         assert torch.equal(result["state"][name], value), name
 
 
+# Two ranks of three are killed at once; in the last epoch rank 0 waits for a new process before each step.
+REPLACED = """
+from torch.utils.data import TensorDataset
+model = nn.Sequential(nn.Dropout(0.2), model, nn.BatchNorm1d(2))
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.9)
+dataset = TensorDataset(torch.randn(24, 3), torch.arange(24) % 2)
+trainer = create_distributed_trainer(model, reproducible=3)
+loader = trainer.loader(dataset, 6, shuffle=True)
+trainer.resume("checkpoints", optimizer=optimizer, scheduler=scheduler)
+losses = []
+for epoch in trainer.epochs(3):
+    for number, (x, y) in enumerate(loader):
+        if trainer.world_size == 3 and trainer.rank < 2 and (epoch, number) == (0, 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if 1 < trainer._first_world_size > trainer.world_size and epoch == 2:
+            deadline = time.monotonic() + 60
+            while trainer.rank == 0 and not trainer._membership.job.engine.has_ready_replacement():
+                assert time.monotonic() < deadline
+                trainer._start_replacement()
+                time.sleep(0.01)
+        losses.append(step(trainer, x, y, None, optimizer))
+        scheduler.step()
+results = trainer.world_size, losses[-1], model.state_dict(), optimizer.state_dict(), scheduler.state_dict()
+torch.save(results, f"{trainer.rank}.pt")
+sys.exit(3)
+"""
+
+
+def test_replaced(tmp_path):
+    """New processes take the places of killed ones, and all end with the bits of one process, and the script's code."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for folder in (tmp_path, alone):
+        (folder / "train.py").write_text(HEAD + REPLACED)
+    code, err = launch(tmp_path, 3, "train.py")
+    assert code == 3, err
+    assert err.count("2 of 3 ranks were killed: training goes on with 1, repeating step 3.") == 1, err
+    for num_ranks in (2, 3):
+        line = rf"taken the place of a killed one: training goes on with {num_ranks} ranks at step (9|10|11)\."
+        assert len(re.findall(line, err)) == 1, err
+    assert "exiting\nimproperly" not in err
+    code, errors_alone = start(alone, ["train.py"])
+    assert code == 3, errors_alone
+    _, *expected = torch.load(alone / "0.pt")
+    for rank in range(3):
+        num_ranks, *found = torch.load(tmp_path / f"{rank}.pt")
+        assert num_ranks == 3
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 # Notes its attempts; only in the first one anything happens.
 ATTEMPTS = """
 import gc

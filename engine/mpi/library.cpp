@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mpi/library.hpp"
 
-#include "mpi/ulfm.hpp"
-
 #include <array>
+#include <cstddef>
 #include <cstdlib>
 #include <string>
+
+#include "mpi/ulfm.hpp"
+
+// Of the library by which Open MPI 5 talks to its launcher.
+extern "C" int PMIx_Finalize(const void* info, std::size_t num_infos) __attribute__((weak));
 
 namespace dtrain::mpi {
 
@@ -45,6 +49,10 @@ bool is_finalized() {
   int finalized = 0;
   check(MPI_Finalized(&finalized), "MPI_Finalized");
   return finalized != 0;
+}
+
+void leave() {
+  if (PMIx_Finalize != nullptr) PMIx_Finalize(nullptr, 0);
 }
 
 bool survives_deaths() {

@@ -25,6 +25,10 @@ void finalize();
 
 bool is_finalized();
 
+// Instead, where MPI may have lost ranks: its end waits for some that die as it is called. Tells the launcher that this
+// process ends as it should, and nothing may call MPI any more. Local. Open MPI alone.
+void leave();
+
 // Whether MPI lives on when a rank dies, so that Communicator's revoke(), shrink() and has_failed() can be called. So
 // far with Open MPI 5 alone, under `mpirun --with-ft ulfm`. After MPI is initialised.
 bool survives_deaths();

@@ -385,7 +385,7 @@ void Engine::close() {
   if (options_.survives_deaths) {
     // A rank may be in recover(), if another was killed after it had taken part in this one's last operation.
     if (!have_others_ended_) world_.agree_of_living(false);
-    // The end of MPI would wait for ranks that die as it is called. That of the process lets go of everything, too.
+    if (options_.initialized_mpi) mpi::leave();  // all else is let go of when the process ends
   } else if (options_.initialized_mpi) {
     // MPI may wait for ever for what peers that were given up have not sent.
     if (!abandoned_groups_.empty()) std::thread(end_without_mpi).detach();
