@@ -229,6 +229,33 @@ def test_replaced(tmp_path):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+# Rank 0 is killed when it has just started a process in the place of another one, which then waits for it.
+ORPHANED = """
+from torch.utils.data import TensorDataset
+trainer = create_distributed_trainer(model)
+loader = trainer.loader(TensorDataset(torch.randn(24, 3), torch.arange(24) % 2), 6)
+trainer.resume("checkpoints", optimizer=the_optimizer)
+for epoch in trainer.epochs(2):
+    for x, y in loader:
+        if (trainer.world_size, trainer.rank) == (3, 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(trainer, x, y)
+        if (trainer.world_size, trainer.rank) == (2, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.any_mpi
+def test_orphaned(tmp_path):
+    """The process ends, and so does the job."""
+    (tmp_path / "train.py").write_text(HEAD + ORPHANED)
+    code, err = launch(tmp_path, 3, "train.py")
+    assert code == 0, err
+    assert "1 of 2 ranks were killed: training goes on with 1" in err
+    assert err.count("MPI is stuck in its start") == 1, err
+
+
 # Notes its attempts; only in the first one anything happens.
 ATTEMPTS = """
 import gc

@@ -4,8 +4,10 @@
 #include <array>
 #include <cstddef>
 #include <cstdlib>
+#include <optional>
 #include <string>
 
+#include "mpi/replacement.hpp"
 #include "mpi/ulfm.hpp"
 
 // Of the library by which Open MPI 5 talks to its launcher.
@@ -31,6 +33,7 @@ bool initialize() {
   if (initialized != 0) {
     check(MPI_Query_thread(&provided), "MPI_Query_thread");
   } else {
+    const std::optional<Deadline> guard = Replacement::guard_start();
     check(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_MULTIPLE, &provided), "MPI_Init_thread");
   }
   if (provided < MPI_THREAD_MULTIPLE) {

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstdint>
+#include <cstdlib>
 #include <fstream>
 #include <functional>
 #include <optional>
@@ -25,8 +26,10 @@ constexpr int answer_tag = 2;
 constexpr int meeting_tag = 3;
 constexpr char admitted = 1;
 constexpr char dismissed = 0;
-constexpr std::chrono::seconds longest_admission(20);
 constexpr std::chrono::milliseconds between_looks(5);
+// In the new process's environment: who has started it, as an Introduction's text.
+constexpr const char* starter_variable = "DTRAIN_STARTER";
+constexpr const char* admission = "the admission of a new process";
 
 // Calls `give_up` if the process at the other end dies, or nothing comes of it in time, unless it ends before: MPI need not
 // notice the death of a process that is not in this one's world yet.
@@ -34,7 +37,7 @@ class Guard {
  public:
   Guard(pid_t other, std::function<void()> give_up)
       : thread_([this, other, give_up = std::move(give_up)] {
-          const auto deadline = std::chrono::steady_clock::now() + longest_admission;
+          const auto deadline = std::chrono::steady_clock::now() + Deadline::longest;
           while (!is_over_) {
             if (has_died(other) || std::chrono::steady_clock::now() > deadline) return give_up();
             std::this_thread::sleep_for(between_looks);
@@ -74,6 +77,8 @@ struct Introduction {
     return {is_known ? static_cast<std::uint64_t>(about.st_ino) ^ boot() : 0, getpid()};
   }
 
+  std::string text() const { return std::to_string(pid_namespace) + " " + std::to_string(pid); }
+
   // Its number here, or 0.
   pid_t here() const { return pid_namespace != 0 && pid_namespace == own().pid_namespace ? static_cast<pid_t>(pid) : 0; }
 
@@ -109,6 +114,22 @@ MPI_Comm merge(MPI_Comm own_side, MPI_Comm pair, bool is_new) {
   return merged;
 }
 
+// Has each rank connected with each other. Only by the end of their connection does a process learn that one which was
+// started with others has died, and all of MPI's calls that live on after a death wait for one of which they do not know.
+void connect(MPI_Comm all) {
+  int size = 0;
+  check(MPI_Comm_size(all, &size), "MPI_Comm_size");
+  const char sent = 0;
+  std::vector<char> received(static_cast<std::size_t>(size));
+  std::vector<MPI_Request> requests(2 * received.size(), MPI_REQUEST_NULL);
+  for (int peer = 0; peer < size; ++peer) {
+    const auto number = static_cast<std::size_t>(peer);
+    MPI_Irecv(&received[number], 1, MPI_BYTE, peer, meeting_tag, all, &requests[2 * number]);
+    MPI_Isend(&sent, 1, MPI_BYTE, peer, meeting_tag, all, &requests[2 * number + 1]);
+  }
+  for (MPI_Request& request : requests) MPI_Wait(&request, MPI_STATUS_IGNORE);  // or it fails, by which all is known
+}
+
 }  // namespace
 
 Replacement::Replacement(const std::string& command, const std::vector<std::string>& arguments,
@@ -126,6 +147,7 @@ void Replacement::start(std::string command, std::vector<std::string> arguments,
   MPI_Info info = MPI_INFO_NULL;
   MPI_Info_create(&info);
   MPI_Info_set(info, "wdir", folder.c_str());
+  MPI_Info_set(info, "PMIX_ENVAR", (std::string(starter_variable) + "=" + Introduction::own().text()).c_str());
   MPI_Comm self = MPI_COMM_NULL;
   int code = MPI_Comm_dup(MPI_COMM_SELF, &self);
   if (code == MPI_SUCCESS) {
@@ -161,6 +183,14 @@ void Replacement::dismiss() {
   if (MPI_Send(&dismissed, 1, MPI_BYTE, 0, answer_tag, connection_) == MPI_SUCCESS) MPI_Comm_disconnect(&connection_);
 }
 
+std::optional<Deadline> Replacement::guard_start() {
+  const char* text = std::getenv(starter_variable);
+  Introduction starter{};
+  if (text == nullptr || !(std::istringstream(text) >> starter.pid_namespace >> starter.pid)) return std::nullopt;
+  return std::optional<Deadline>(std::in_place, "its start", Deadline::longest,
+                                 [pid = starter.here()] { return Guard::has_died(pid); });
+}
+
 bool Replacement::is_this_process() {
   MPI_Comm parent = MPI_COMM_NULL;
   check(MPI_Comm_get_parent(&parent), "MPI_Comm_get_parent");
@@ -170,7 +200,9 @@ bool Replacement::is_this_process() {
 std::optional<Communicator> Replacement::join() {
   MPI_Comm parent = MPI_COMM_NULL;
   check(MPI_Comm_get_parent(&parent), "MPI_Comm_get_parent");
-  check(MPI_Comm_set_errhandler(parent, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  for (const MPI_Comm one : {parent, MPI_COMM_SELF}) {
+    check(MPI_Comm_set_errhandler(one, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  }
   Introduction starter{};
   check(MPI_Recv(&starter, sizeof(starter), MPI_BYTE, 0, greeting_tag, parent, MPI_STATUS_IGNORE), "MPI_Recv");
   const Introduction own = Introduction::own();
@@ -191,6 +223,8 @@ std::optional<Communicator> Replacement::join() {
   check(MPI_Intercomm_merge(parent, 1, &pair), "MPI_Intercomm_merge");
   MPI_Comm_set_errhandler(pair, MPI_ERRORS_RETURN);
   const Communicator merged(merge(MPI_COMM_SELF, pair, true));
+  check(MPI_Recv(&answer, 1, MPI_BYTE, 0, answer_tag, pair, MPI_STATUS_IGNORE), "MPI_Recv");  // all others have it, too
+  connect(merged.handle_);
   MPI_Comm_free(&pair);
   MPI_Comm_free(&parent);
   return merged;
@@ -214,6 +248,7 @@ Communicator admit(const Communicator& living, Replacement* own) {
       check(MPI_Intercomm_merge(own->connection_, 0, &pair), "MPI_Intercomm_merge");
       MPI_Comm_set_errhandler(pair, MPI_ERRORS_RETURN);
     }
+    const Deadline deadline(admission, Deadline::longest_of(living.rank(), living.size()));
     merged = Communicator(merge(living.handle_, pair, false));
   } catch (const Error& error) {
     reason = error.what();
@@ -222,7 +257,13 @@ Communicator admit(const Communicator& living, Replacement* own) {
   }
   if (!living.agree(merged.has_value())) {
     if (merged) merged->revoke();
+    if (pair != MPI_COMM_NULL) MPIX_Comm_revoke(pair);
     throw Error("a new process could not be admitted: " + reason);
+  }
+  if (own != nullptr) MPI_Send(&admitted, 1, MPI_BYTE, 1, answer_tag, pair);  // if it has died, connect() learns of it
+  {
+    const Deadline deadline(admission, Deadline::longest_of(living.rank(), living.size()));
+    connect(merged->handle_);
   }
   if (own != nullptr) {
     MPI_Comm_free(&pair);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "mpi/communicator.hpp"
+#include "mpi/deadline.hpp"
 
 namespace dtrain::mpi {
 
@@ -30,6 +31,9 @@ class Replacement {
   // Has it end; blocks until it runs. Local.
   void dismiss();
 
+  // In any process, before MPI is initialised: a new one would wait there for ever for the rank that has started it, if
+  // that dies, so it ends then. None in others.
+  static std::optional<Deadline> guard_start();
   // In the process: whether it is one, and its way in. Throws Error if the rank that has started it is gone; returns
   // none if it is to end.
   static bool is_this_process();

@@ -243,11 +243,10 @@ class Elastic:
                 if not self._membership.has_lost_rank(error):
                     raise
         if self._membership.job.rank == 0:
-            logger.warning(
-                "%d of %d ranks were killed: training goes on with %d, %s step %d.",
-                *(size_before - self.world_size, size_before, self.world_size),
-                *(("after", newest) if result is not None or start is None else ("repeating", newest + 1)),
-            )
+            num_killed = size_before - self.world_size
+            what = f"{num_killed} of {size_before} ranks were killed" if num_killed else "a new process was killed"
+            where = ("after", newest) if result is not None or start is None else ("repeating", newest + 1)
+            logger.warning("%s: training goes on with %d, %s step %d.", what, self.world_size, *where)
         if failure is not None:
             raise failure
         return result
@@ -318,7 +317,8 @@ class Elastic:
             if not self._membership.join():
                 raise SystemExit(0)
             groups = self._membership.create_groups()
-            gather_objects(groups[1], True)
+            if all(gather_objects(groups[1], True)):
+                raise DistributedTrainerError("all ranks that had the training's state were killed")
             received = handover.take(groups[1], 0)
             self._first_world_size = received.about["first_world_size"]
             self._last_repeat = received.about["num_repeats"], None

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mpi/deadline.hpp"
+
+#include <unistd.h>
+
+#include <csignal>
+#include <utility>
+
+namespace dtrain::mpi {
+
+namespace {
+
+constexpr std::chrono::milliseconds between_looks(20);
+
+}  // namespace
+
+Deadline::Deadline(std::string what, std::chrono::milliseconds limit, std::function<bool()> counts)
+    : thread_([this, what = std::move(what), counts = std::move(counts), limit] {
+        // By looks, not by the clock, so that a process that was stopped meanwhile has its time.
+        for (auto left = limit; !is_over_; std::this_thread::sleep_for(between_looks)) {
+          if (!counts()) continue;
+          left -= between_looks;
+          if (left.count() > 0) continue;
+          const std::string line = "distributed_trainer: process " + std::to_string(getpid()) +
+                                   " ends, and the others go on without it: MPI is stuck in " + what + "\n";
+          static_cast<void>(!write(STDERR_FILENO, line.data(), line.size()));
+          kill(getpid(), SIGKILL);
+        }
+      }) {}
+
+Deadline::~Deadline() {
+  is_over_ = true;
+  thread_.join();
+}
+
+}  // namespace dtrain::mpi
