@@ -45,10 +45,7 @@ void Engine::start_watch(const AllGather& all_gather) {
     for (const auto& group : groups) give_up(*group, reason);
   };
   Watch::Engine engine{ask, fail};
-  if (options_.survives_deaths) {
-    engine.lose_rank = [this](const std::string& reason) { lose_rank(reason); };
-    engine.has_failed = [this] { return world_.has_failed(); };
-  }
+  if (options_.survives_deaths) engine.lose_rank = [this] { lose_rank(); };
   watch_ = std::make_unique<Watch>(rank(), std::move(origins), status_of_rank_, std::move(engine));
 }
 
@@ -59,7 +56,7 @@ void Engine::answer_control() {
   try {
     collect_control();
   } catch (const mpi::Error&) {
-    if (!options_.survives_deaths) throw;  // else the watch sees which rank has died
+    if (!options_.survives_deaths) throw;  // else look_for_deaths() sees which rank has died
   }
 }
 
@@ -137,6 +134,11 @@ void Engine::give_up(Group& group, const std::string& reason) {
   reason.copy(message.reason.data(), message.reason.size() - 1);
   post_to_other_nodes(group, message);
   const std::scoped_lock lock(drive_mutex_);
+  fail(group, reason);
+}
+
+// With drive_mutex_ held.
+void Engine::fail(Group& group, const std::string& reason) {
   group.local().leave(reason);
   take_inbox();
   group.fail(std::make_exception_ptr(RankLeft("this rank has given up the group: " + reason)));

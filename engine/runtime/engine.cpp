@@ -12,6 +12,7 @@
 
 #include "collectives/errors.hpp"
 #include "memory/futex.hpp"
+#include "mpi/deadline.hpp"
 #include "mpi/library.hpp"
 
 namespace dtrain {
@@ -60,7 +61,9 @@ EngineOptions begin_mpi(EngineOptions options) {
 
 }  // namespace
 
-Engine::Engine(const EngineOptions& options) : Engine(begin_mpi(options), mpi::Communicator::duplicate(options.communicator_address)) {}
+Engine::Engine(const EngineOptions& options) : Engine(begin_mpi(options), mpi::Communicator::duplicate(options.communicator_address)) {
+  start_thread();
+}
 
 Engine::Engine(const EngineOptions& options, mpi::Communicator world, std::optional<mpi::Communicator> control)
     : options_(options),
@@ -88,10 +91,6 @@ Engine::Engine(const EngineOptions& options, mpi::Communicator world, std::optio
   waiters_spin_ = num_cores >= num_local;
   if (!one_node) control_ = std::make_shared<mpi::Mailbox>(control ? *control : world_.duplicate(), true);
   start_watch(all_gather);
-  if (has_thread_) {
-    thread_ = std::make_unique<std::thread>([this] { run(); });
-    pthread_setname_np(thread_->native_handle(), "dtrain-engine");
-  }
 }
 
 Engine::~Engine() {
@@ -100,6 +99,12 @@ Engine::~Engine() {
     return;
   }
   stop_thread();
+}
+
+void Engine::start_thread() {
+  if (!has_thread_) return;
+  thread_ = std::make_unique<std::thread>([this] { run(); });
+  pthread_setname_np(thread_->native_handle(), "dtrain-engine");
 }
 
 void Engine::stop_thread() {
@@ -111,7 +116,13 @@ void Engine::stop_thread() {
 }
 
 AllGather Engine::gather_over(const mpi::Communicator& communicator) const {
-  return [&communicator, survives = options_.survives_deaths](std::span<const std::byte> mine, std::span<std::byte> all) {
+  return [this, &communicator, survives = options_.survives_deaths](std::span<const std::byte> mine,
+                                                                    std::span<std::byte> all) {
+    std::optional<mpi::Deadline> deadline;
+    if (survives) {
+      deadline.emplace("the set-up of a group or its memory", mpi::Deadline::longest,
+                       [this] { return has_lost_rank_.load(); });
+    }
     try {
       communicator.all_gather(mine, all);
     } catch (const mpi::Error&) {
@@ -260,6 +271,7 @@ std::shared_ptr<Operation> Engine::submit(Group& group, Call call, std::span<con
 void Engine::require_open() {
   const std::scoped_lock lock(inbox_mutex_);
   if (is_closed_) throw std::runtime_error("the engine was closed: nothing can be set up any more");
+  if (has_lost_rank_) throw mpi::Error("a rank was killed: nothing can be set up any more");
 }
 
 // With drive_mutex_ held.
@@ -274,6 +286,7 @@ bool Engine::progress() {
   if (!has_thread_) lock.lock();
   else if (!lock.try_lock()) return false;  // somebody else does it now
   take_inbox();
+  fail_groups();
   bool advanced = false;
   for (const auto& group : groups_) advanced = group->progress() || advanced;
   // Another thread of this process may sleep until its operation is done.
@@ -317,6 +330,7 @@ bool Engine::wait(Operation& operation, microseconds timeout) {
 
 // See Doorbell::ring for why nothing is missed.
 void Engine::sleep(microseconds timeout) {
+  look_for_deaths();
   Doorbell& own = own_doorbell();
   own.num_sleepers.fetch_add(1);
   std::atomic_thread_fence(std::memory_order_seq_cst);

@@ -142,8 +142,12 @@ class Engine {
 
  private:
   Engine(const EngineOptions& options, mpi::Communicator world, std::optional<mpi::Communicator> control = std::nullopt);
+  void start_thread();
   void stop_thread();
-  void lose_rank(const std::string& reason);
+  void lose_rank();
+  void look_for_deaths();
+  void fail_groups();
+  void revoke_all();
   std::shared_ptr<Engine> go_on(mpi::Communicator members);
   void retire();
   std::shared_ptr<Operation> submit(Group& group, Call call, std::span<const std::byte> buffer,
@@ -157,6 +161,7 @@ class Engine {
   void collect_control();
   void meet_at_end();
   void leave(Group& group);
+  void fail(Group& group, const std::string& reason);
   void start_watch(const AllGather& all_gather);
   void require_open();
   Doorbell& own_doorbell() { return status_of_rank_[static_cast<std::size_t>(rank())]->doorbell; }
@@ -191,6 +196,7 @@ class Engine {
   std::vector<std::shared_ptr<Group>> abandoned_groups_;  // closed ones into whose memory MPI may still write
   std::atomic<bool> stopping_ = false;
   std::atomic<bool> has_lost_rank_ = false;
+  std::chrono::steady_clock::time_point next_look_for_deaths_;
   bool have_others_ended_ = false;
   bool is_closed_ = false;
   std::vector<mpi::Communicator> spare_communicators_;  // of all ranks, for create_group(): see go_on()

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // How an engine goes on without ranks that were killed.
+#include "mpi/deadline.hpp"
 #include "mpi/library.hpp"
 #include "runtime/engine.hpp"
 
@@ -8,36 +9,63 @@ namespace dtrain {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-// By the watch's thread, or by whoever meets an error of MPI's first.
-void Engine::lose_rank(const std::string& reason) {
-  if (has_lost_rank_.exchange(true)) return;
+// By any thread. Calls nothing of MPI's, lest the watch gets stuck in it.
+void Engine::lose_rank() {
+  has_lost_rank_ = true;
+  own_doorbell().ring();
+}
+
+// Of other nodes, of which the watch sees nothing: by whoever waits.
+void Engine::look_for_deaths() {
+  constexpr milliseconds between_looks(20);
+  if (!options_.survives_deaths || has_lost_rank_) return;
+  const std::unique_lock lock(drive_mutex_, std::try_to_lock);
+  if (!lock || steady_clock::now() < next_look_for_deaths_) return;
+  next_look_for_deaths_ = steady_clock::now() + between_looks;
+  if (world_.has_failed()) lose_rank();
+}
+
+// With drive_mutex_ held, by whoever drives.
+void Engine::fail_groups() {
+  if (!has_lost_rank_) return;
+  for (const auto& group : groups_) {
+    if (!group->local().has_left()) fail(*group, "a rank was killed");
+  }
+}
+
+// Has ranks that wait for this one come here, too, if they do not know of the death yet.
+void Engine::revoke_all() {
+  const std::scoped_lock lock(drive_mutex_);
+  take_inbox();
+  fail_groups();
   world_.revoke();
   if (control_) control_->revoke();
-  std::vector<std::shared_ptr<Group>> groups;
-  {
-    const std::scoped_lock lock(drive_mutex_);
-    groups = groups_;
-  }
-  for (const auto& group : groups) {
-    group->communicator().revoke();
-    give_up(*group, reason);
-  }
-  own_doorbell().ring();
+  for (const mpi::Communicator& spare : spare_communicators_) spare.revoke();
+  for (const auto& group : groups_) group->communicator().revoke();
 }
 
 bool Engine::has_lost_rank(milliseconds timeout) {
   if (!options_.survives_deaths) return false;
   const auto deadline = steady_clock::now() + timeout;
-  while (!has_lost_rank_ && steady_clock::now() < deadline) std::this_thread::sleep_for(milliseconds(1));
+  while (!has_lost_rank_ && steady_clock::now() < deadline) {
+    look_for_deaths();
+    std::this_thread::sleep_for(milliseconds(1));
+  }
   return has_lost_rank_;
 }
 
 std::shared_ptr<Engine> Engine::recover() {
-  lose_rank("the job goes on without the ranks that were killed");
-  stop_thread();
+  lose_rank();
+  {
+    const mpi::Deadline deadline("what it has begun with a killed rank");
+    stop_thread();
+    revoke_all();
+  }
   std::optional<mpi::Communicator> living;
   {
     const Watch::Waiting waiting(*watch_, watch_->living(), {.collective = Collective::set_up});
+    const mpi::Deadline deadline("the agreement of the ranks that live", mpi::Deadline::longest_of(rank(), size()),
+                                 [this] { return watch_->are_all_in_set_ups(); });
     have_others_ended_ = !world_.agree_of_living(true);
     if (have_others_ended_) return nullptr;
     living = world_.shrink();
@@ -52,6 +80,8 @@ std::shared_ptr<Engine> Engine::go_on(mpi::Communicator members) {
   constexpr int num_spare = 3;  // the groups of a trainer
   watch_->close();
   for (;;) {
+    const mpi::Deadline deadline("the set-up of the ranks that live",
+                                 mpi::Deadline::longest_of(members.rank(), members.size()));
     const mpi::Communicator control = members.shrink();
     std::shared_ptr<Engine> next;
     try {
@@ -68,6 +98,7 @@ std::shared_ptr<Engine> Engine::go_on(mpi::Communicator members) {
       next->replacement_ = std::move(replacement_);
       next->watch_->take_settings(*watch_);
       retire();
+      next->start_thread();
       return next;
     }
     if (next) next->retire();

@@ -21,8 +21,6 @@ namespace {
 using std::chrono::milliseconds;
 
 constexpr std::int64_t longest_between_looks_ms = 500;
-// Where the job goes on without the dead; nothing wakes this thread when a rank of another node dies.
-constexpr std::int64_t between_looks_for_deaths_ms = 20;
 // A rank whose watch has not looked around for so long is silent, if nothing else is known of its process.
 constexpr std::int64_t longest_beat_ms = 3000;
 // How much of the time until a report is spent before looking, since answers of other nodes take some, too.
@@ -221,8 +219,7 @@ void Watch::run() {
     for (const Neighbour& neighbour : neighbours_) {
       if (neighbour.process && !neighbour.is_dead) events.push_back({neighbour.process.get(), POLLIN, 0});
     }
-    auto between = std::min(longest_between_looks_ms, static_cast<std::int64_t>(report_seconds_ * 50));
-    if (survives_deaths()) between = std::min(between, between_looks_for_deaths_ms);
+    const auto between = std::min(longest_between_looks_ms, static_cast<std::int64_t>(report_seconds_ * 50));
     poll(events.data(), events.size(), static_cast<int>(std::max<std::int64_t>(between, 1)));
     look();
   }
@@ -270,9 +267,7 @@ void Watch::lose_dead() {
     const End end = neighbour.page->end;
     return neighbour.is_dead && (end == End::none || end == End::terminated);
   };
-  if (std::ranges::any_of(neighbours_, was_killed) || engine_.has_failed()) {
-    engine_.lose_rank("a rank was killed");
-  }
+  if (std::ranges::any_of(neighbours_, was_killed)) engine_.lose_rank();
 }
 
 std::string Watch::memory_note() const {
@@ -292,6 +287,14 @@ std::vector<int> Watch::living() {
     if (see(neighbour).state == State::dead) std::erase(ranks, neighbour.rank);
   }
   return ranks;
+}
+
+bool Watch::are_all_in_set_ups() {
+  if (std::ranges::find(pages_, nullptr) != pages_.end()) return false;
+  return std::ranges::all_of(neighbours_, [this](const Neighbour& neighbour) {
+    const Snapshot seen = see(neighbour);
+    return seen.state == State::dead || (seen.waits() && seen.wait.call.collective == Collective::set_up);
+  });
 }
 
 std::vector<int> Watch::everyone() const {

@@ -31,9 +31,8 @@ class Watch {
     std::function<void(int rank, bool is_wanted)> ask;
     // Ends all waits of this process with an error.
     std::function<void(const std::string& reason)> fail;
-    // Where ranks may die and the others go on, else none: begins that, and whether MPI knows of a death.
-    std::function<void(const std::string& reason)> lose_rank = {};
-    std::function<bool()> has_failed = {};
+    // Where ranks may die and the others go on, else none: begins that. Calls nothing of MPI's.
+    std::function<void()> lose_rank = {};
   };
 
   // `pages`: of each rank, null for those on other nodes.
@@ -80,6 +79,8 @@ class Watch {
 
   // All ranks, but those of this machine that have died. Any thread.
   std::vector<int> living();
+  // Whether they are all on this machine, and in a set-up. Any thread.
+  bool are_all_in_set_ups();
 
   // Local. This rank has ended in good order; the thread ends.
   void close();
