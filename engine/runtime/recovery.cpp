@@ -101,8 +101,9 @@ std::shared_ptr<Engine> Engine::go_on(mpi::Communicator members) {
       next->start_thread();
       return next;
     }
-    if (next) next->retire();
-    members = members.shrink();
+    const mpi::Communicator fewer = members.shrink();
+    if (next) next->retire();  // frees `members`
+    members = fewer;
   }
 }
 
