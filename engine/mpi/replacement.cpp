@@ -108,10 +108,8 @@ MPI_Comm merge(MPI_Comm own_side, MPI_Comm pair, bool is_new) {
   MPI_Comm between = MPI_COMM_NULL;
   MPI_Comm merged = MPI_COMM_NULL;
   check(MPI_Intercomm_create(own_side, 0, pair, is_new ? 0 : 1, meeting_tag, &between), "MPI_Intercomm_create");
-  const int code = MPI_Intercomm_merge(between, is_new ? 1 : 0, &merged);
-  MPI_Comm_free(&between);
-  check(code, "MPI_Intercomm_merge");
-  return merged;
+  check(MPI_Intercomm_merge(between, is_new ? 1 : 0, &merged), "MPI_Intercomm_merge");
+  return merged;  // of the others none is freed: see Engine::retire()
 }
 
 // Has each rank connected with each other. Only by the end of their connection does a process learn that one which was
@@ -225,8 +223,6 @@ std::optional<Communicator> Replacement::join() {
   const Communicator merged(merge(MPI_COMM_SELF, pair, true));
   check(MPI_Recv(&answer, 1, MPI_BYTE, 0, answer_tag, pair, MPI_STATUS_IGNORE), "MPI_Recv");  // all others have it, too
   connect(merged.handle_);
-  MPI_Comm_free(&pair);
-  MPI_Comm_free(&parent);
   return merged;
 }
 
@@ -264,10 +260,6 @@ Communicator admit(const Communicator& living, Replacement* own) {
   {
     const Deadline deadline(admission, Deadline::longest_of(living.rank(), living.size()));
     connect(merged->handle_);
-  }
-  if (own != nullptr) {
-    MPI_Comm_free(&pair);
-    MPI_Comm_free(&own->connection_);
   }
   return *merged;
 }

@@ -101,9 +101,8 @@ std::shared_ptr<Engine> Engine::go_on(mpi::Communicator members) {
       next->start_thread();
       return next;
     }
-    const mpi::Communicator fewer = members.shrink();
-    if (next) next->retire();  // frees `members`
-    members = fewer;
+    if (next) next->retire();
+    members = members.shrink();
   }
 }
 
@@ -136,23 +135,15 @@ std::shared_ptr<Engine> Engine::join() {
   return all ? go_on(*all) : nullptr;
 }
 
-// Lets go of what only the end of MPI would free.
+// No communicator is freed: Open MPI gives its number to the next one. Agreements of that, between processes which were
+// started at different times, may then meet what is left of the old one's, and never end.
 void Engine::retire() {
   {
     const std::scoped_lock lock(inbox_mutex_);
     is_closed_ = true;
   }
   const std::scoped_lock lock(drive_mutex_);
-  for (const auto& group : groups_) left_communicators_.push_back(group->communicator());
   groups_.clear();
-  left_communicators_.insert(left_communicators_.end(), spare_communicators_.begin(), spare_communicators_.end());
-  spare_communicators_.clear();
-  try {
-    for (mpi::Communicator& communicator : left_communicators_) communicator.close();
-    world_.close();
-  } catch (const mpi::Error&) {
-    // They stay until the process ends.
-  }
 }
 
 }  // namespace dtrain
