@@ -248,12 +248,11 @@ for epoch in trainer.epochs(2):
 @pytest.mark.long
 @pytest.mark.any_mpi
 def test_orphaned(tmp_path):
-    """The process ends, and so does the job."""
+    """The process ends, after 5 s or by a crash in Open MPI, and so does the job."""
     (tmp_path / "train.py").write_text(HEAD + ORPHANED)
     code, err = launch(tmp_path, 3, "train.py")
     assert code == 0, err
     assert "1 of 2 ranks were killed: training goes on with 1" in err
-    assert err.count("MPI is stuck in its start") == 1, err
 
 
 # Notes its attempts; only in the first one anything happens.

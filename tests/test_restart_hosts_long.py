@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`distributed-trainer run --restarts` where a host is lost: the job goes on on what is left."""
+"""`distributed-trainer run --restarts`, or `--elastic`, where a host is lost: the job goes on on what is left."""
 
 import os
 import signal
@@ -36,12 +36,13 @@ def processes_of(host):
             continue
 
 
-def test_lost_host(tmp_path):
+@pytest.mark.parametrize("option", ["--restarts 2", "--elastic --restarts 2"])
+def test_lost_host(tmp_path, option):
     require()
     with Hosts(2) as hosts:
         shell = Shell(hosts, tmp_path)
         (tmp_path / "train.py").write_text(HEAD + SCRIPT)
-        command = f"{sys.executable} -m distributed_trainer run --restarts 2 --hostfile hosts.txt train.py"
+        command = f"{sys.executable} -m distributed_trainer run {option} --hostfile hosts.txt train.py"
         job = subprocess.Popen(
             [*hosts._enter(0, mounts=True), "sh", "-c", f"cd {tmp_path} && {command}"],
             env=shell.environment,

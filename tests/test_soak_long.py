@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training for a long time on four ranks, one of which is killed every few seconds at a random moment.
 
-All goes on without it, or, where Open MPI gets stuck as a new process is admitted, from the newest checkpoint.
+All goes on without it, or from the newest checkpoint: where Open MPI gets stuck as a new process is admitted, or the
+last rank was killed before one had come.
 
 SOAK_SECONDS=1800 makes it the long version. Its figures are printed with `pytest -s`. The ranks end by themselves after
 an epoch whose number they are told when the time is over; the reference then has as many.
