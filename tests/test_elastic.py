@@ -207,13 +207,14 @@ sys.exit(3)
 """
 
 
-def test_replaced(tmp_path):
+@pytest.mark.parametrize("ranks_per_node", [0, pytest.param(1, marks=LONG)])
+def test_replaced(tmp_path, ranks_per_node):
     """New processes take the places of killed ones, and all end with the bits of one process, and the script's code."""
     alone = tmp_path / "alone"
     alone.mkdir()
     for folder in (tmp_path, alone):
         (folder / "train.py").write_text(HEAD + REPLACED)
-    code, err = launch(tmp_path, 3, "train.py")
+    code, err = launch(tmp_path, 3, "train.py", DTRAIN_RANKS_PER_NODE=str(ranks_per_node))
     assert code == 3, err
     assert err.count("2 of 3 ranks were killed: training goes on with 1, repeating step 3.") == 1, err
     for num_ranks in (2, 3):

@@ -185,8 +185,10 @@ std::optional<Deadline> Replacement::guard_start() {
   const char* text = std::getenv(starter_variable);
   Introduction starter{};
   if (text == nullptr || !(std::istringstream(text) >> starter.pid_namespace >> starter.pid)) return std::nullopt;
-  return std::optional<Deadline>(std::in_place, "its start", Deadline::longest,
-                                 [pid = starter.here()] { return Guard::has_died(pid); });
+  constexpr std::chrono::seconds longest_start(60);  // where the starter is on another machine
+  const pid_t pid = starter.here();
+  return std::optional<Deadline>(std::in_place, "its start", pid == 0 ? longest_start : Deadline::longest,
+                                 [pid] { return pid == 0 || Guard::has_died(pid); });
 }
 
 bool Replacement::is_this_process() {

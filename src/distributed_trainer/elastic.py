@@ -259,12 +259,10 @@ class Elastic:
     def _start_replacement(self) -> None:
         """Starts a process in the place of a killed one, on rank 0, if the script knows how to go on. Local.
 
-        That is: it gives its objects to `resume`, and its loops are those of `epochs` and `loader`. All ranks must be
-        on one machine: Open MPI 5.0 has lost messages between new processes and those of other machines.
+        That is: it gives its objects to `resume`, and its loops are those of `epochs` and `loader`.
         """
         engine = self._membership.job.engine
-        is_one_machine = not any(self._membership.job.node_of_rank)
-        can_go_on = self._resumed_objects is not None and self._positions.lead and is_one_machine
+        can_go_on = self._resumed_objects is not None and self._positions.lead
         if engine.rank != 0 or self.world_size == self._first_world_size or not can_go_on or not self._num_tries_left:
             return
         if not engine.has_replacement():
