@@ -8,6 +8,7 @@ SOAK_SECONDS=1800 makes it the long version. Its figures are printed with `pytes
 an epoch whose number they are told when the time is over; the reference then has as many.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -124,7 +125,8 @@ def _kill_now_and_then(process, folder, rng):
         time.sleep(0.2)
         pids = [pid for pid in (int(file.stem) for file in folder.glob("*.pid")) if is_alive(pid)]
         for pid in pids:
-            usage[pid].append((len(os.listdir(f"/proc/{pid}/fd")), _megabytes(pid)))
+            with contextlib.suppress(FileNotFoundError):  # it has just ended by itself
+                usage[pid].append((len(os.listdir(f"/proc/{pid}/fd")), _megabytes(pid)))
         if time.monotonic() > next_kill and len(pids) > 1:
             time.sleep(rng.random() * 2 * STEP_SECONDS)
             os.kill(rng.choice(pids), signal.SIGKILL)
