@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`distributed-trainer run --elastic` on two hosts: ranks of both are killed, and the others go on."""
+"""`distributed-trainer run --elastic` on two hosts: ranks of both are killed, the others go on, and new ones come."""
 
 import re
 import subprocess
