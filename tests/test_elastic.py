@@ -203,26 +203,25 @@ for epoch in trainer.epochs(3):
         scheduler.step()
 results = trainer.world_size, losses[-1], model.state_dict(), optimizer.state_dict(), scheduler.state_dict()
 torch.save(results, f"{trainer.rank}.pt")
-sys.exit(3)
 """
 
 
 @pytest.mark.parametrize("ranks_per_node", [0, pytest.param(1, marks=LONG)])
 def test_replaced(tmp_path, ranks_per_node):
-    """New processes take the places of killed ones, and all end with the bits of one process, and the script's code."""
+    """New processes take the places of killed ones, and all end with the bits of one process, and in good order."""
     alone = tmp_path / "alone"
     alone.mkdir()
     for folder in (tmp_path, alone):
         (folder / "train.py").write_text(HEAD + REPLACED)
     code, err = launch(tmp_path, 3, "train.py", DTRAIN_RANKS_PER_NODE=str(ranks_per_node))
-    assert code == 3, err
+    assert code == 0, err
     assert err.count("2 of 3 ranks were killed: training goes on with 1, repeating step 3.") == 1, err
     for num_ranks in (2, 3):
         line = rf"taken the place of a killed one: training goes on with {num_ranks} ranks at step (9|10|11)\."
         assert len(re.findall(line, err)) == 1, err
     assert "exiting\nimproperly" not in err
     code, errors_alone = start(alone, ["train.py"])
-    assert code == 3, errors_alone
+    assert code == 0, errors_alone
     _, *expected = torch.load(alone / "0.pt")
     for rank in range(3):
         num_ranks, *found = torch.load(tmp_path / f"{rank}.pt")
