@@ -3,7 +3,9 @@
 
 #include <unistd.h>
 
+#include <condition_variable>
 #include <csignal>
+#include <mutex>
 #include <utility>
 
 namespace dtrain::mpi {
@@ -15,9 +17,12 @@ constexpr std::chrono::milliseconds between_looks(20);
 }  // namespace
 
 Deadline::Deadline(std::string what, std::chrono::milliseconds limit, std::function<bool()> counts)
-    : thread_([this, what = std::move(what), counts = std::move(counts), limit] {
+    : thread_([what = std::move(what), counts = std::move(counts), limit](const std::stop_token& over) {
+        std::mutex mutex;
+        std::condition_variable_any ending;
+        std::unique_lock lock(mutex);
         // By looks, not by the clock, so that a process that was stopped meanwhile has its time.
-        for (auto left = limit; !is_over_; std::this_thread::sleep_for(between_looks)) {
+        for (auto left = limit; !over.stop_requested(); ending.wait_for(lock, over, between_looks, [] { return false; })) {
           if (!counts()) continue;
           left -= between_looks;
           if (left.count() > 0) continue;
@@ -27,10 +32,5 @@ Deadline::Deadline(std::string what, std::chrono::milliseconds limit, std::funct
           kill(getpid(), SIGKILL);
         }
       }) {}
-
-Deadline::~Deadline() {
-  is_over_ = true;
-  thread_.join();
-}
 
 }  // namespace dtrain::mpi

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <atomic>
 #include <chrono>
 #include <functional>
 #include <string>
@@ -25,13 +24,9 @@ class Deadline {
   // `what`: that is being done. `counts`: whether time does at the moment.
   explicit Deadline(
       std::string what, std::chrono::milliseconds limit = longest, std::function<bool()> counts = [] { return true; });
-  ~Deadline();
-  Deadline(const Deadline&) = delete;
-  Deadline& operator=(const Deadline&) = delete;
 
  private:
-  std::atomic<bool> is_over_ = false;
-  std::thread thread_;
+  std::jthread thread_;
 };
 
 }  // namespace dtrain::mpi
