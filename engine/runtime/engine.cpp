@@ -286,8 +286,7 @@ bool Engine::progress() {
   if (!has_thread_) lock.lock();
   else if (!lock.try_lock()) return false;  // somebody else does it now
   take_inbox();
-  fail_groups();
-  bool advanced = false;
+  bool advanced = fail_groups();
   for (const auto& group : groups_) advanced = group->progress() || advanced;
   // Another thread of this process may sleep until its operation is done.
   if (advanced && !has_thread_) own_doorbell().ring();

@@ -146,7 +146,7 @@ class Engine {
   void stop_thread();
   void lose_rank();
   void look_for_deaths();
-  void fail_groups();
+  bool fail_groups();
   void revoke_all();
   std::shared_ptr<Engine> go_on(mpi::Communicator members);
   void retire();

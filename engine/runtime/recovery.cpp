@@ -25,12 +25,16 @@ void Engine::look_for_deaths() {
   if (world_.has_failed()) lose_rank();
 }
 
-// With drive_mutex_ held, by whoever drives.
-void Engine::fail_groups() {
-  if (!has_lost_rank_) return;
+// With drive_mutex_ held, by whoever drives. Whether there was something to fail.
+bool Engine::fail_groups() {
+  bool has_failed = false;
+  if (!has_lost_rank_) return has_failed;
   for (const auto& group : groups_) {
-    if (!group->local().has_left()) fail(*group, "a rank was killed");
+    if (group->local().has_left()) continue;
+    fail(*group, "a rank was killed");
+    has_failed = true;
   }
+  return has_failed;
 }
 
 // Has ranks that wait for this one come here, too, if they do not know of the death yet.
