@@ -2,8 +2,10 @@
 #include "mpi/communicator.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "mpi/library.hpp"
 #include "mpi/ulfm.hpp"
@@ -158,18 +160,30 @@ bool Communicator::agree_of_living(bool own) const {
   return flag != 0;
 }
 
-bool Communicator::has_failed() const {
+int Communicator::num_failed() const {
   int flag = 0;
   MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_SELF, &flag, MPI_STATUS_IGNORE);  // word of it comes by progress
-  check(MPIX_Comm_is_revoked(handle_, &flag), "MPIX_Comm_is_revoked");
-  if (flag != 0) return true;
   MPI_Group failed = MPI_GROUP_NULL;
   check(MPIX_Comm_get_failed(handle_, &failed), "MPIX_Comm_get_failed");
   int size = 0;
   const int code = MPI_Group_size(failed, &size);
   MPI_Group_free(&failed);
   check(code, "MPI_Group_size");
-  return size > 0;
+  return size;
+}
+
+bool Communicator::has_failed() const {
+  if (num_failed() > 0) return true;
+  int flag = 0;
+  check(MPIX_Comm_is_revoked(handle_, &flag), "MPIX_Comm_is_revoked");
+  return flag != 0;
+}
+
+void Communicator::await_failures(int expected) const {
+  constexpr std::chrono::milliseconds patience(500);
+  constexpr std::chrono::microseconds between_looks(200);
+  const auto end = std::chrono::steady_clock::now() + patience;
+  while (num_failed() < expected && std::chrono::steady_clock::now() < end) std::this_thread::sleep_for(between_looks);
 }
 
 void Communicator::close() {

@@ -72,7 +72,7 @@ class Communicator {
   Transfer barrier() const;
   Transfer gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const;
 
-  // These four only where survives_deaths().
+  // These six only where survives_deaths().
   // Local: all that waits in this communicator fails now, and all that is called in it later, on every rank.
   void revoke() const;
   // Collective over the ranks that live, blocks: a communicator of them, in their order. Also of a revoked one. All get
@@ -84,6 +84,9 @@ class Communicator {
   bool agree_of_living(bool own) const;
   // Local: whether it was revoked, on any rank, or a rank is known to have died. Drives MPI's progress.
   bool has_failed() const;
+  // Local, blocks for up to half a second, until so many ranks are known to have died. To be called before shrink(): Open
+  // MPI 5.0 may crash if it learns of a death in the midst of making a communicator.
+  void await_failures(int expected) const;
 
   // Collective: frees the communicator.
   void close();
@@ -92,6 +95,7 @@ class Communicator {
   friend class Replacement;
   friend Communicator admit(const Communicator& living, Replacement* own);
   explicit Communicator(MPI_Comm handle);
+  int num_failed() const;
 
   MPI_Comm handle_ = MPI_COMM_NULL;
   int rank_ = 0;

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // How an engine goes on without ranks that were killed.
+#include <algorithm>
+
 #include "mpi/deadline.hpp"
 #include "mpi/library.hpp"
 #include "runtime/engine.hpp"
@@ -64,6 +66,8 @@ std::shared_ptr<Engine> Engine::recover() {
     const mpi::Deadline deadline("what it has begun with a killed rank");
     stop_thread();
     revoke_all();
+    // The watch sees a death before MPI does, but none on another machine.
+    world_.await_failures(std::max(1, size() - static_cast<int>(watch_->living().size())));
   }
   std::optional<mpi::Communicator> living;
   {
@@ -106,6 +110,7 @@ std::shared_ptr<Engine> Engine::go_on(mpi::Communicator members) {
       return next;
     }
     if (next) next->retire();
+    members.await_failures(1);
     members = members.shrink();
   }
 }
