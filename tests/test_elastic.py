@@ -275,8 +275,14 @@ from distributed_trainer.compression import PowerSGD
 for options in ({"shard_optimizer": True}, {"compression": PowerSGD(rank=1)}, {"split_batches": False}):
     trainer = create_distributed_trainer(model, **options)
     trainer.close()
+    rank = trainer.rank
     del trainer
     gc.collect()
+store = torch.distributed.FileStore(f"store-{is_first}", 2)
+torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+trainer = create_distributed_trainer(model, process_group=torch.distributed.group.WORLD)
+del trainer
+gc.collect()
 trainer, other = create_distributed_trainer(model), create_distributed_trainer(nn.Linear(3, 2))
 kill_one(trainer)
 step(trainer)
@@ -285,6 +291,7 @@ REASONS = (
     "with shard_optimizer a killed rank takes its part of the optimizer's state along",
     "with compression a killed rank takes along what it has not sent yet",
     "with split_batches=False a killed rank takes its samples along",
+    "the trainer's ranks are those of a process group of the script's",
     "the script has several trainers",
 )
 

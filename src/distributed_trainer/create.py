@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -18,8 +17,6 @@ from .options import TrainerOptions
 from .places import noted
 from .sharding import check_model
 from .trainer import DistributedTrainer
-
-logger = logging.getLogger("distributed_trainer")
 
 
 @noted
@@ -123,7 +120,10 @@ def create_distributed_trainer(
         # The caller's group keeps its own way of sending.
         gradient_group = jobs.start(None, None).create_group(ranks, wire_dtype) if wire_dtype else process_group
         groups = (gradient_group, *(dist.new_group(ranks, use_local_synchronization=True) for _ in range(2)))
-        return DistributedTrainer(model, groups, device, 0, options, owns_groups=False)
+        trainer = DistributedTrainer(model, groups, device, 0, options, owns_groups=False)
+        if jobs.wants_elastic():
+            trainer._begin_elastic()
+        return trainer
     job = jobs.start(num_gpus, comm)
     job.engine.set_limits(stall_report_seconds, stall_timeout_seconds)
     if job.rank == 0 and not job.is_replacement:
@@ -137,10 +137,6 @@ def create_distributed_trainer(
     trainer = DistributedTrainer(model, groups, job.device, job.local_rank, options, membership=membership)
     if job.is_replacement:
         trainer.rank, trainer.world_size = 1, 2  # whatever rank 0 alone does, such as writing, is not for this one
-    if job.wants_elastic:
-        obstacle = job.obstacle_to_elastic or trainer._begin_elastic()
-        if obstacle is not None and job.rank == 0:
-            logger.warning(
-                "--elastic: a killed rank ends the job, which may then be started again, since %s.", obstacle
-            )
+    if jobs.wants_elastic():
+        trainer._begin_elastic()
     return trainer

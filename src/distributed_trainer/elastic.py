@@ -110,9 +110,12 @@ class Elastic:
     _last_repeat: tuple[int, Any] = (0, None)
     """Calls of `_repeat` that are done on this rank, and what the last has given."""
 
-    def _begin_elastic(self) -> str | None:
-        """Has steps survive deaths from now on, or returns why that cannot be. Local, the same on every rank."""
-        options = self._options
+    def _begin_elastic(self) -> None:
+        """Has steps survive deaths from now on, or says why that cannot be. Local, the same on every rank."""
+        options, membership = self._options, self._membership
+        reason = "the trainer's ranks are those of a process group of the script's"
+        if membership is not None:
+            reason = membership.job.obstacle_to_elastic
         obstacles = {
             "with shard_optimizer a killed rank takes its part of the optimizer's state along": options.shard_optimizer,
             "with compression a killed rank takes along what it has not sent yet": options.compression is not None,
@@ -120,14 +123,15 @@ class Elastic:
             "with split_batches=False a killed rank takes its samples along": not options.split_batches,
             "the script has several trainers": len(_trainers) > 0,
         }
-        for reason, is_there in obstacles.items():
-            if is_there:
-                for other in _trainers:
-                    other._is_elastic = False
-                return reason
-        _trainers.add(self)
-        self._is_elastic, self._saving.repeat = True, self._repeat
-        return None
+        reason = reason or next((text for text, is_there in obstacles.items() if is_there), None)
+        if reason is None:
+            _trainers.add(self)
+            self._is_elastic, self._saving.repeat = True, self._repeat
+            return
+        for other in _trainers:
+            other._is_elastic = False
+        if self.rank == 0:
+            logger.warning("--elastic: a killed rank ends the job, which may then be started again, since %s.", reason)
 
     def _end_elastic(self) -> None:
         """Leaves other trainers of the script alone. Local."""

@@ -46,8 +46,6 @@ class Job:
     """Of this rank."""
     summary: str
     """What was found, in one line."""
-    wants_elastic: bool = False
-    """Started with `run --elastic`."""
     obstacle_to_elastic: str | None = None
     """Why the others cannot go on all the same when a rank is killed."""
     is_replacement: bool = False
@@ -164,13 +162,12 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     except MismatchError as error:
         launch.raise_once(error, launcher)
     ranks_per_node = int(os.environ.get("DTRAIN_RANKS_PER_NODE", "0"))
-    wants_elastic = os.environ.get("DTRAIN_ELASTIC") == "1"
     obstacle = None
     if not module.survives_deaths():
         obstacle = "it needs Open MPI 5, started with `--with-ft ulfm`"
     elif comm is not None:
         obstacle = "the trainer's ranks are those of a communicator of the script's"
-    survives_deaths = wants_elastic and obstacle is None
+    survives_deaths = wants_elastic() and obstacle is None
     limit = host_facts.cpu_limit()
     cpu_limit = limit and math.ceil(limit[1])
     options = {"initialized_mpi": initialized_mpi, "cpu_limit": cpu_limit, "survives_deaths": survives_deaths}
@@ -209,11 +206,16 @@ def start(num_gpus: int | None, comm: Any) -> Job:
         for line in filter(None, [notice, *badly_bound]):
             logger.warning(line)
     summary = _summary(module, nodes, device, threads_of_ranks)
-    job = Job(engine, module, nodes, device, summary, wants_elastic, obstacle, module.is_replacement())
+    job = Job(engine, module, nodes, device, summary, obstacle, module.is_replacement())
     _jobs.append(job)
     if comm is None:
         _job_of_world = job
     return job
+
+
+def wants_elastic() -> bool:
+    """Whether it was started with `run --elastic`. Local."""
+    return os.environ.get("DTRAIN_ELASTIC") == "1"
 
 
 def recover(job: Job) -> Job:
@@ -249,7 +251,7 @@ def join(job: Job) -> Job | None:
 def _go_on(job: Job, engine: Any) -> Job:
     global _job_of_world
     places.watch(engine, instead_of=job.engine)
-    recovered = Job(engine, job.module, engine.node_of_rank, job.device, job.summary, job.wants_elastic)
+    recovered = Job(engine, job.module, engine.node_of_rank, job.device, job.summary)
     _jobs[_jobs.index(job)] = recovered
     if _job_of_world is job:
         _job_of_world = recovered
@@ -371,5 +373,5 @@ def _close_all(pid: int) -> None:
         for job in reversed(_jobs):
             job.engine.close()
         # MPI has let this rank go, so all ranks have come to their end. (Of an elastic job rank 0 may die just here.)
-        if _jobs[0].rank == 0 or _jobs[0].wants_elastic:
+        if _jobs[0].rank == 0 or wants_elastic():
             record.note(record.COMPLETED)
