@@ -229,6 +229,20 @@ def test_replaced(tmp_path, ranks_per_node):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.long
+@pytest.mark.any_mpi
+def test_log_dir(tmp_path):
+    """What new processes print goes to files of theirs."""
+    (tmp_path / "train.py").write_text(HEAD + REPLACED + "print('end', trainer.rank, trainer.world_size)\n")
+    code, err = launch(tmp_path, 3, "--log-dir", "logs", "train.py")
+    assert code == 0, err
+    ends = {file.name: re.findall("^end .*", file.read_text(), re.M) for file in (tmp_path / "logs").iterdir()}
+    assert ends.pop("rank-0.log") == ends.pop("rank-1.log") == []
+    assert ends.pop("rank-2.log") == ["end 0 3"]
+    assert sorted(ends.values()) == [["end 1 3"], ["end 2 3"]]
+    assert all(re.fullmatch(r"new-[0-9]+\.log", name) for name in ends)
+
+
 # Rank 0 is killed when it has just started a process in the place of another one, which then waits for it.
 ORPHANED = """
 from torch.utils.data import TensorDataset

@@ -274,7 +274,9 @@ class Elastic:
             if not self._num_tries_left:
                 logger.warning("no process could be started in the place of a killed one; training goes on without.")
                 return
-            engine.start_replacement(sys.executable, sys.orig_argv[1:], launch.START_DIRECTORY)
+            redirection = launch.redirection(os.environ.get(launch.LOG_FOLDER), "new-$$")
+            command, *arguments = [*redirection, sys.executable, *sys.orig_argv[1:]]
+            engine.start_replacement(command, arguments, launch.START_DIRECTORY)
 
     @property
     def _is_waiting(self) -> bool:

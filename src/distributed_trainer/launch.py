@@ -29,6 +29,9 @@ from .mpirun import find_mpirun, mpirun_environment
 # A restart begins where the script began, even if the script has called os.chdir since.
 START_DIRECTORY = os.readlink("/proc/self/cwd")
 
+# Names the variable with the folder for the output of ranks, if that goes to files.
+LOG_FOLDER = "DTRAIN_LOG_DIR"
+
 # Name: the variable that gives it away, then rank, size, local rank, local size, "" where it does not tell.
 # The innermost comes first: torchrun is started by others, and mpirun inside a step of srun.
 _LAUNCHERS = {
@@ -312,3 +315,17 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
+
+
+def redirection(log_dir: str | None, name: str) -> list[str]:
+    """A shell that becomes the process whose command comes after it, and sends its output to a file, if to a folder.
+
+    What the MPIs have for this differs, and Open MPI 5.0's loses lines.
+
+    Args:
+        log_dir: Made if need be; None for no redirection.
+        name: Of the file, without its end; the shell puts in variables.
+    """
+    if log_dir is None:
+        return []
+    return ["sh", "-c", f'mkdir -p "$0" && exec "$@" >"$0/{name}.log" 2>&1', log_dir]

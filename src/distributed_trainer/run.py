@@ -109,13 +109,16 @@ def main(options: argparse.Namespace) -> int:
     variables = {}
     if options.log_dir or (sys.stdout is not None and sys.stdout.isatty()):
         variables |= {} if "PYTHONUNBUFFERED" in os.environ else {"PYTHONUNBUFFERED": "1"}  # show lines as they come
+    if options.log_dir:
+        variables[launch.LOG_FOLDER] = options.log_dir
     if options.restarts is None:
         options.restarts = _ELASTIC_RESTARTS if options.elastic else 0
     if options.restarts:
         variables[record.VARIABLE] = str(restart.record_path(has_hosts=bool(options.hostfile)))
     script = None if options.is_module else options.script
     words = [*(["-m"] if options.is_module else []), options.script, *options.arguments]
-    plan = make_plan(options, words, script, variables, _redirection(options.log_dir), options.elastic)
+    wrapper = launch.redirection(options.log_dir, "rank-${OMPI_COMM_WORLD_RANK:-$PMI_RANK}")
+    plan = make_plan(options, words, script, variables, wrapper, options.elastic)
     command = plan.make_command(plan.hosts)
     line = shlex.join(command)
     for warning in plan.warnings:
@@ -303,11 +306,3 @@ def _mpirun_options(
     if options.tag_output:
         words.append("--tag-output" if family == "openmpi" else "-prepend-rank")
     return words + shlex.split(options.mpirun_options)
-
-
-def _redirection(log_dir: str | None) -> list[str]:
-    """A shell that becomes the rank. What the MPIs have for this differs, and Open MPI 5.0's loses lines."""
-    if log_dir is None:
-        return []
-    script = 'mkdir -p "$0" && exec "$@" >"$0/rank-${OMPI_COMM_WORLD_RANK:-$PMI_RANK}.log" 2>&1'
-    return ["sh", "-c", script, log_dir]
