@@ -38,6 +38,18 @@ torch.manual_seed(0)
 model = nn.Linear(3, 2)
 the_optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 """
+
+# Has a script wait until a process that takes a killed one's place is ready to be admitted to the next step.
+NEW_PROCESS = """
+import time
+
+def wait_for_process(trainer):
+    deadline = time.monotonic() + 60
+    while trainer.rank == 0 and not trainer._membership.job.engine.has_ready_replacement():
+        assert time.monotonic() < deadline
+        trainer._start_replacement()
+        time.sleep(0.01)
+"""
 TRAINER = """
 trainer = create_distributed_trainer(model)
 rank = trainer.rank

@@ -14,7 +14,7 @@ import elastic_training as training
 import pytest
 import torch
 from ranks import is_openmpi
-from scripts import HEAD, START_SECONDS, TRAINER
+from scripts import HEAD, NEW_PROCESS, START_SECONDS, TRAINER
 from test_run import shell_environment
 from torch.utils.data import IterableDataset
 
@@ -179,7 +179,9 @@ def test_bits(tmp_path):
 
 
 # Two ranks of three are killed at once; in the last epoch rank 0 waits for a new process before each step.
-REPLACED = """
+REPLACED = (
+    NEW_PROCESS
+    + """
 from torch.utils.data import TensorDataset
 model = nn.Sequential(nn.Dropout(0.2), model, nn.BatchNorm1d(2))
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -194,16 +196,13 @@ for epoch in trainer.epochs(3):
         if trainer.world_size == 3 and trainer.rank < 2 and (epoch, number) == (0, 2):
             os.kill(os.getpid(), signal.SIGKILL)
         if 1 < trainer._first_world_size > trainer.world_size and epoch == 2:
-            deadline = time.monotonic() + 60
-            while trainer.rank == 0 and not trainer._membership.job.engine.has_ready_replacement():
-                assert time.monotonic() < deadline
-                trainer._start_replacement()
-                time.sleep(0.01)
+            wait_for_process(trainer)
         losses.append(step(trainer, x, y, None, optimizer))
         scheduler.step()
 results = trainer.world_size, losses[-1], model.state_dict(), optimizer.state_dict(), scheduler.state_dict()
 torch.save(results, f"{trainer.rank}.pt")
 """
+)
 
 
 @pytest.mark.parametrize("ranks_per_node", [0, pytest.param(1, marks=LONG)])

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from hosts import Hosts, require
+from scripts import NEW_PROCESS
 from test_run_hosts_long import Shell
 
 pytestmark = pytest.mark.long
@@ -28,13 +29,8 @@ step = trainer.resume("none", optimizer=optimizer) or 0
 kills = int(os.environ.get("KILLS", "0"))
 for epoch in trainer.epochs(15):
     for x, y in loader:
-        deadline = time.monotonic() + 60
-        while kills and step in (40, 80) and trainer.rank == 0 and trainer.world_size < 4:  # a new process is to come
-            assert time.monotonic() < deadline
-            trainer._start_replacement()
-            if trainer._membership.job.engine.has_ready_replacement():
-                break
-            time.sleep(0.01)
+        if kills and step in (40, 80) and trainer.world_size < 4:
+            wait_for_process(trainer)
         trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizer)
         step += 1
         time.sleep(0.02 * (kills > 0))
@@ -51,7 +47,7 @@ def test_killed_on_both_hosts(tmp_path):
     require()
     with Hosts(2) as hosts:
         shell = Shell(hosts, tmp_path)
-        (tmp_path / "train.py").write_text(SCRIPT)
+        (tmp_path / "train.py").write_text(NEW_PROCESS + SCRIPT)
         (tmp_path / "hosts.txt").write_text("".join(f"{name} slots=2\n" for name in hosts.names))
 
         def run(command, kills):
