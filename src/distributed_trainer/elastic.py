@@ -274,7 +274,7 @@ class Elastic:
             if not self._num_tries_left:
                 logger.warning("no process could be started in the place of a killed one; training goes on without.")
                 return
-            redirection = launch.redirection(os.environ.get(launch.LOG_FOLDER), "new-$$")
+            redirection = launch.redirection(os.environ.get(launch.LOG_DIRECTORY), "new-$$")
             command, *arguments = [*redirection, sys.executable, *sys.orig_argv[1:]]
             engine.start_replacement(command, arguments, launch.START_DIRECTORY)
 

@@ -29,8 +29,8 @@ from .mpirun import find_mpirun, mpirun_environment
 # A restart begins where the script began, even if the script has called os.chdir since.
 START_DIRECTORY = os.readlink("/proc/self/cwd")
 
-# Names the variable with the folder for the output of ranks, if that goes to files.
-LOG_FOLDER = "DTRAIN_LOG_DIR"
+# Names the variable with the folder for the output of processes that ranks start, if that goes to files.
+LOG_DIRECTORY = "DTRAIN_LOG_DIR"
 
 # Name: the variable that gives it away, then rank, size, local rank, local size, "" where it does not tell.
 # The innermost comes first: torchrun is started by others, and mpirun inside a step of srun.

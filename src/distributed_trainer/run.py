@@ -109,8 +109,8 @@ def main(options: argparse.Namespace) -> int:
     variables = {}
     if options.log_dir or (sys.stdout is not None and sys.stdout.isatty()):
         variables |= {} if "PYTHONUNBUFFERED" in os.environ else {"PYTHONUNBUFFERED": "1"}  # show lines as they come
-    if options.log_dir:
-        variables[launch.LOG_FOLDER] = options.log_dir
+    if options.log_dir and options.elastic:
+        variables[launch.LOG_DIRECTORY] = options.log_dir
     if options.restarts is None:
         options.restarts = _ELASTIC_RESTARTS if options.elastic else 0
     if options.restarts:
