@@ -16,73 +16,104 @@ export PRTE_MCA_rmaps_default_mapping_policy := :oversubscribe
 # Each of the tests' ranks would compile the tests that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Tests of what is above the engine run under one MPI.
-ANY_MPI := balance batchnorm checkpoint clocks compression criterion data ddp devices direct direct_linear drift elastic evaluate fsdp \
-	functional fuzzed gradients hostfile layers loader memory microbatches misuse mixed_precision mpi_environment nonfinite \
-	operations own_loop parallel preflight profile public_api readme reproducible reporting restart sharding stalls state timeouts \
-	timing versions wire_dtype works
-# Long tests that run under both: they start ranks on several hosts, or where MPI has trouble.
-LONG_BOTH_MPI := two_hosts slurm wrong_setups restart_hosts
-
-# Of `make fuzz`: for all targets together, which have equal shares.
+# Seconds of `make fuzz`, shared equally by its targets.
 FUZZ_SECONDS ?= 60
 
-# Of `make test-torch`: the lowest that the package takes.
+# The torch of `make test-torch`; the lowest release that the package takes.
 TORCH ?= $(shell sed -n 's/.*"torch>=\(.*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test test-torch test-engine test-engine-threads test-long fuzz lint bench docs-table build build-openmpi \
-	build-mpich wheel clean
+.PHONY: help demo test announce-test test-all test-rest test-rest-on-ranks test-rest-beside test-installations test-torch \
+	test-engine test-engine-threads fuzz lint bench stub docs-table build build-openmpi build-mpich wheel clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build-openmpi  ## Train on real digits, on 2 ranks and on 1
-	.venv/bin/mpirun --bind-to none -np 2 .venv/bin/python examples/train_digits.py --losses build/losses.json
-	.venv/bin/python examples/train_digits.py --compare build/losses.json
+	.venv/bin/mpirun --bind-to none -np 2 .venv/bin/python examples/train_digits.py --results build/demo.pt
+	.venv/bin/python examples/train_digits.py --compare build/demo.pt
 
-test: build test-engine  ## Tests under Open MPI and MPICH
-	.venv/bin/python -m pytest -m 'not long'
-	.venv-mpich/bin/python -m pytest -m 'not long and not any_mpi' $(patsubst %,--ignore=tests/test_%.py,$(ANY_MPI))
+test: announce-test build-openmpi build/asan/engine_tests  ## Tests of every room on 1 to 3 ranks under one MPI, in minutes
+	@TEST_RANKS=123 $(run_engine_tests) >build/asan/engine_tests.log 2>&1 & \
+	.venv/bin/python -m pytest -m 'not long and not slow'; result=$$?; \
+	wait $$! || { cat build/asan/engine_tests.log; result=1; }; tail -n 1 build/asan/engine_tests.log; exit $$result
+
+announce-test:
+	@echo 'make test takes about 5 minutes on 2 cores, and the first time 5 more for set-up and builds.'
+
+test-all: test  ## All tests: both MPIs, more ranks, sanitizers, fuzzing, hosts, Slurm, installations
+	$(MAKE) test-rest
+
+test-rest: wheel .venv/.frameworks .venv/.fuzz
+	$(MAKE) --jobs=2 test-rest-on-ranks test-rest-beside
+
+test-rest-on-ranks:
+	TEST_RANKS=4 $(run_engine_tests)
+	.venv/bin/python -m pytest -m 'slow and not long'
+	.venv-mpich/bin/python -m pytest -m 'each_mpi and not long'
+	.venv/bin/python -m pytest -m long --ignore=tests/long/test_install.py
+	.venv-mpich/bin/python -m pytest -m 'each_mpi and long'
+
+# At low priority beside the tests on ranks, which leave the cores much time.
+test-rest-beside:
+	@nice -n 19 $(MAKE) test-engine-threads fuzz test-installations >build/beside.log 2>&1 || \
+	{ cat build/beside.log; exit 1; }
+	@grep -E '^=+ .* in |^build/.*: |^Done |passed' build/beside.log
+
+test-installations:
+	.venv/bin/python -m pytest -m long tests/long/test_install.py
 
 test-torch: build-openmpi build/torch-$(TORCH)/.installed  ## Tests with another torch (TORCH=2.14.1), which is GBs to download
 	build/torch-$(TORCH)/bin/python -m pytest -m 'not long'
 
-test-engine: .venv/.installed  ## C++ tests under ASan and UBSan
+test-engine: build/asan/engine_tests  ## C++ tests under ASan and UBSan
+	$(run_engine_tests)
+
+run_engine_tests = env ASAN_OPTIONS=fast_unwind_on_malloc=0 LSAN_OPTIONS=print_suppressions=0 build/asan/engine_tests
+
+.PHONY: build/asan/engine_tests
+build/asan/engine_tests: .venv/.installed
 	$(call cmake,openmpi,asan) -DENGINE_SANITIZE=address,undefined
 	.venv/bin/cmake --build build/asan
-	ASAN_OPTIONS=fast_unwind_on_malloc=0 LSAN_OPTIONS=print_suppressions=0 build/asan/engine_tests
 
 test-engine-threads: .venv/.installed  ## C++ tests of where threads meet, under TSan
 	$(call cmake,openmpi,tsan) -DENGINE_SANITIZE=thread
 	.venv/bin/cmake --build build/tsan
 	build/tsan/engine_tests engine:
+	build/tsan/engine_tests barrier:
 
-test-long: build wheel test-engine-threads .venv/.frameworks  ## Tests that take minutes: installations, hosts, Slurm, threads
-	.venv/bin/python -m pytest -m long
-	.venv-mpich/bin/python -m pytest -m 'long and not any_mpi' $(patsubst %,tests/test_%_long.py,$(LONG_BOTH_MPI))
-
-# What finds something new goes to build/fuzz/found. An input that fails goes to build/fuzz, and its name is printed.
+# Inputs that reach new code go to build/fuzz/found. An input that fails goes to build/fuzz, and its name is printed.
 fuzz: .venv/.fuzz  ## Random bytes for what reads files and other ranks' messages (FUZZ_SECONDS=60)
 	@command -v clang++ >/dev/null || { echo 'make fuzz needs clang: `apt install clang libclang-rt-dev`' >&2; exit 1; }
 	$(call cmake,openmpi,fuzz) -DENGINE_FUZZERS=ON -DCMAKE_CXX_COMPILER=clang++
 	.venv/bin/cmake --build build/fuzz
 	set -e; for target in control pages texts checkpoint answers; do \
 	  program=build/fuzz/fuzz_$$target; \
-	  test -x $$program || program=".venv/bin/python tests/fuzz.py $$target"; \
+	  test -x $$program || program=".venv/bin/python tests/fuzz/fuzz.py $$target"; \
 	  mkdir -p build/fuzz/found/$$target; \
-	  $$program build/fuzz/found/$$target tests/corpus/$$target -artifact_prefix=build/fuzz/ -print_final_stats=1 \
+	  $$program build/fuzz/found/$$target tests/fuzz/corpus/$$target -artifact_prefix=build/fuzz/ -print_final_stats=1 \
 	    -max_total_time=$$(($(FUZZ_SECONDS) / 5)); \
 	done
 
-lint: .venv/.installed  ## Style of the Python sources
+lint: .venv/.installed  ## Style, prose, types, and checks that find bugs in the engine
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/python tools/check_prose.py
+	.venv/bin/mypy
+	.venv/bin/clang-format --dry-run --Werror $$(git ls-files 'engine/*.cpp' 'engine/*.hpp')
+	$(call cmake,openmpi,tidy) -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+	.venv/bin/cmake -DENGINE=$(CURDIR)/engine -DOUTPUT=$(CURDIR)/build/tidy/generated/engine_version.hpp \
+	  -P tools/engine_version.cmake
+	git ls-files 'engine/*.cpp' ':!engine/tests' ':!engine/fuzz' | xargs -P2 -n4 .venv/bin/clang-tidy --quiet -p build/tidy
 
-bench: build  ## Speed beside gloo, MPI and torch's DistributedDataParallel
+bench: build-openmpi  ## Speed beside gloo, MPI and torch's DistributedDataParallel
 	.venv/bin/python benchmarks/run.py build/bench
 
-docs-table: build-openmpi  ## The table in docs/torch-distributed.md, by running what is in it
-	.venv/bin/mpirun --bind-to none -np 2 .venv/bin/python tests/operations_table.py
+stub: build-openmpi  ## src/distributed_trainer/_engine.pyi, the types of the engine's module
+	.venv/bin/python tools/write_stub.py
+
+docs-table: build-openmpi  ## Tables in docs/torch-distributed.md and docs/compatibility.md, by running what is in them
+	.venv/bin/mpirun --bind-to none -np 2 .venv/bin/python tests/support/operations_table.py
+	.venv/bin/mpirun --bind-to none -np 2 .venv/bin/python tests/support/compatibility_table.py
 
 build: build-openmpi build-mpich  ## The engine's modules, put into src/distributed_trainer
 
@@ -90,10 +121,10 @@ build-openmpi build-mpich: build-%: $$(VENV_$$*)/.installed
 	$(call cmake,$*,$*) -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/src/distributed_trainer
 	$(VENV_$*)/bin/cmake --build build/$*
 
-wheel: .venv/.installed .venv-mpich/.installed  ## One wheel with the modules for both, in dist/
+wheel: build  ## One wheel with the modules for both, in dist/
 	rm -rf build/wheel dist
-	.venv/bin/pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel/openmpi .
-	.venv-mpich/bin/pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel/mpich .
+	.venv/bin/pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel/openmpi -Cbuild-dir=build/openmpi .
+	.venv-mpich/bin/pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel/mpich -Cbuild-dir=build/mpich .
 	.venv/bin/python tools/merge_wheels.py dist build/wheel/openmpi/*.whl build/wheel/mpich/*.whl
 
 clean:  ## Remove what was built

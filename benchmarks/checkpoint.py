@@ -1,91 +1,79 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint costs training: mpirun -np 2 python benchmarks/checkpoint.py FOLDER
+"""Measure the time that a checkpoint costs training.
 
-25 M parameters with Adam, 300 MB in all, to a folder of its own in FOLDER. "pause" is how long the step that begins it
-stands still, "steps" how much longer all steps until it is on the disk take, together, since the thread that writes
-needs a core as well; "synchronous" is how long it takes if training waits until it is on the disk.
+    mpirun --bind-to none -np 2 python benchmarks/checkpoint.py FOLDER
+
+The model has 25 M parameters, 300 MB with Adam's state, and is saved to a new folder in FOLDER. "pause" is the extra
+time of the step in which the save begins. "training" is the extra time of all steps until the checkpoint is on the
+disk, since the thread that writes needs a core, too. "waiting" is the time of the save if training waits until the
+checkpoint is on the disk.
 """
 
-import sys
+import shutil
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
-from measure import report
+from models import make_subjects
 from mpi4py import MPI
+from table import Table, make_parser
 from torch import nn
-from training_step import make_mlp
 
 from distributed_trainer import create_distributed_trainer
 
-NUM_ROUNDS = 7
-
 
 def main() -> None:
-    """Reports the medians of the slowest rank."""
-    torch.manual_seed(0)
+    """Print the table, which has one row with medians of the slowest rank."""
+    parser = make_parser(__doc__, seconds=0.0)
+    parser.add_argument("folder", nargs="?", default=".")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    num_rounds, num_steps = (1, 2) if options.quick else (options.rounds, 10)
     world = MPI.COMM_WORLD
-    model, inputs, targets = make_mlp(), torch.randn(32, 1024), torch.randint(0, 1000, (32,))
-    trainer = create_distributed_trainer(model)
-    optimizer, criterion = torch.optim.Adam(model.parameters()), nn.CrossEntropyLoss()
-    parent = sys.argv[1] if len(sys.argv) > 1 else "."
-    folder = Path(world.bcast(tempfile.mkdtemp(dir=parent) if world.rank == 0 else None))
+    subject = make_subjects(1, options.quick)[0]
+    trainer = create_distributed_trainer(subject.model)
+    optimizer, criterion = torch.optim.Adam(subject.model.parameters()), nn.CrossEntropyLoss()
+    folder = Path(world.bcast(tempfile.mkdtemp(dir=options.folder) if world.rank == 0 else None))
 
     def step() -> float:
         world.Barrier()
         began = time.perf_counter()
-        trainer.train_step(inputs, targets, criterion, optimizer)
+        trainer.train_step(*subject.batch, criterion, optimizer)
         return time.perf_counter() - began
 
-    pauses: list[float] = []
-    take_part = trainer._saving.take_part
+    def newest() -> str:
+        return world.bcast(max((path.name for path in folder.glob("step-*")), default=""))
 
-    def timed(flags: int) -> None:
-        began = time.perf_counter()
-        take_part(flags)
-        pauses.append(time.perf_counter() - began)
-
-    trainer._saving.take_part = timed
-
-    def save() -> None:
+    def begin_save() -> tuple[str, float]:
+        """Save in the next step; return the checkpoint that was there before, and the step's seconds."""
+        before = newest()
         trainer.save(folder, keep=1, optimizer=optimizer)
-
-    def is_writing() -> bool:
-        return world.allreduce(not trainer._saving._writing._is_over.is_set(), MPI.LOR)
+        return before, step()
 
     for _ in range(5):
         step()
-    figures: dict[str, list[float]] = {"step": [], "pause": [], "steps": [], "synchronous": []}
-    for _ in range(NUM_ROUNDS):
-        usual = median(step() for _ in range(10))
-        save()
-        slower = step() - usual
-        pause = pauses[-1]
-        while is_writing():
-            slower += step() - usual
-        save()
-        step()
-        while is_writing():
-            time.sleep(0.001)
+    figures: dict[str, list[float]] = {"step": [], "pause": [], "training": [], "waiting": []}
+    for _ in range(num_rounds):
+        usual = median(step() for _ in range(num_steps))
+        before, seconds = begin_save()
+        pause = later = seconds - usual
+        while newest() == before:
+            later += step() - usual
         began = time.perf_counter()
-        save()
-        trainer._saving.take_part(trainer._saving.flags)
-        while is_writing():
+        before, _ = begin_save()
+        while newest() == before:
             time.sleep(0.001)
-        values = usual, pause, slower, time.perf_counter() - began
+        values = usual, pause, later, time.perf_counter() - began - usual
         for name, value in zip(figures, values, strict=True):
             figures[name].append(world.allreduce(value, MPI.MAX))
-    medians = {name: median(values) for name, values in figures.items()}
-    text = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in medians.items())
-    ratio = medians["pause"] / medians["synchronous"]
-    report({"benchmark": "checkpoint", "ranks": world.size, **medians}, f"{world.size} ranks: {text}; {ratio:.1%}")
+    table = Table(f"A checkpoint of {world.size} ranks", "model", list(figures), ratios="time")
+    table.add(subject.title, {name: median(values) for name, values in figures.items()})
+    table.show(options.results)
     trainer.close()
     if world.rank == 0:
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

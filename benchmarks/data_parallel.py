@@ -1,42 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's DistributedDataParallel and fully_shard on shmpi beside the same on gloo: steps with Adam.
+"""Measure torch's DistributedDataParallel and fully_shard on shmpi beside gloo: steps with Adam.
 
-mpirun -np 2 python benchmarks/data_parallel.py
+    mpirun --bind-to none -np 2 python benchmarks/data_parallel.py
+
+Each rank has a different part of the batch. Each layer with parameters is a unit of fully_shard.
 """
 
+import argparse
 import copy
-import runpy
-from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from measure import interleave, report
+from measure import interleave, start_groups
+from models import Subject, make_step, make_subjects
+from table import Table, make_parser
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import distributed_trainer  # noqa: F401  makes the backend known
-
-SECONDS_PER_MODEL = 20.0
-
-
-def step_of(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], object]:
-    """A step of a wrapped model."""
-    optimizer, criterion = torch.optim.Adam(model.parameters()), nn.CrossEntropyLoss()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        criterion(model(inputs), targets).backward()
-        optimizer.step()
-
-    return step
-
 
 def sharded(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
-    """The model under fully_shard, each layer with parameters by itself and then the rest."""
+    """Put each layer with parameters under fully_shard, and then the rest of the model; return the model."""
     mesh = DeviceMesh.from_group(group, "cpu")
     layers = model.layers.layers if hasattr(model, "layers") else [m for m in model if isinstance(m, nn.Linear)]
     for layer in layers:
@@ -44,33 +28,30 @@ def sharded(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def compare(title: str, model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-    """Reports medians of interleaved steps. `inputs` and `targets` are one rank's."""
-    groups = {"shmpi": dist.group.WORLD, "gloo": dist.new_group(backend="gloo", timeout=timedelta(minutes=2))}
+def compare(subject: Subject, groups: dict[str, dist.ProcessGroup], options: argparse.Namespace, table: Table) -> None:
+    """Add a subject's rows to the table. Collective, blocks."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    part = [tensor.chunk(size)[rank] for tensor in subject.batch]
     contenders = {}
     for name, group in groups.items():
-        ddp = DistributedDataParallel(copy.deepcopy(model), process_group=group)
-        contenders[f"DDP on {name}"] = step_of(ddp, inputs, targets)
-        contenders[f"FSDP2 on {name}"] = step_of(sharded(copy.deepcopy(model), group), inputs, targets)
-    medians = interleave(contenders, SECONDS_PER_MODEL, turn_seconds=1.0)
-    ratios = [f"{kind} {medians[f'{kind} on gloo'] / medians[f'{kind} on shmpi']:.2f}" for kind in ("DDP", "FSDP2")]
-    report(
-        {"benchmark": "data_parallel", "model": title, "ranks": dist.get_world_size(), "seconds": medians},
-        f"{title}: "
-        + "   ".join(f"{name} {1e3 * value:.1f} ms" for name, value in medians.items())
-        + f"; gloo's time over shmpi's: {', '.join(ratios)}",
-    )
+        ddp = DistributedDataParallel(copy.deepcopy(subject.model), process_group=group)
+        contenders[f"DDP {name}"] = make_step(ddp, *part)
+        contenders[f"FSDP2 {name}"] = make_step(sharded(copy.deepcopy(subject.model), group), *part)
+    medians = interleave(contenders, options, turn_seconds=1.0)
+    for wrapper in ("DDP", "FSDP2"):
+        table.add(f"{subject.title}, {wrapper}", {name: medians[f"{wrapper} {name}"] for name in groups})
 
 
 def main() -> None:
-    """Reports each model."""
-    dist.init_process_group("shmpi")
-    models = runpy.run_path(str(Path(__file__).parent / "training_step.py"))
-    torch.manual_seed(0)
-    tokens = torch.randint(0, 65, (4, 64))
-    mlp_batch = torch.randn(32, 1024), torch.randint(0, 1000, (32,))
-    compare("MLP 25 M, 32 samples per rank", models["make_mlp"](), *mlp_batch)
-    compare("transformer 10.7 M, 4x64 tokens per rank", models["Transformer"](), tokens, tokens)
+    """Print the table, which has a row for each model and wrapper."""
+    options = make_parser(__doc__, seconds=20.0).parse_args()
+    gloo = start_groups()
+    groups = {"shmpi": dist.group.WORLD, "gloo": gloo}
+    title = f"A training step on {dist.get_world_size()} ranks"
+    table = Table(title, "model, wrapper", list(groups), ratios="time")
+    for subject in make_subjects(dist.get_world_size(), options.quick):
+        compare(subject, groups, options, table)
+    table.show(options.results)
     dist.destroy_process_group()
 
 

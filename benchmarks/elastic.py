@@ -1,31 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `run --elastic` costs, and how soon training goes on: python benchmarks/elastic.py
+"""Measure the time that `run --elastic` costs, and that a recovery takes: python benchmarks/elastic.py
 
-"recovery" is from the kill of a rank between two steps, while the others are in the next one, until these have made
-it. "step" is the median of the slowest rank, and of launches with `--elastic` and without, which take turns.
+A rank is killed between two steps, while the others are in the next step. "recovery" lasts from the kill until these
+have completed that step. A step's figure is the median of the slowest rank, and of launches with `--elastic` and
+without, which take turns.
 """
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 import torch
+from table import Table, make_parser, run_on_ranks
 from torch import nn
 
-NUM_KILLS = 12
 NUM_STEPS = {"small": 1000, "batchnorm": 200}
-NUM_LAUNCHES = 7  # of each kind
-NUM_FIRST_STEPS = 40  # do not count
+NUM_FIRST_STEPS = 40  # these steps do not count
 
 
 def make_model(name: str) -> nn.Module:
-    """Input [N, 256], output [N, 10]."""
+    """Make a model with input [N, 256] and output [N, 10]."""
     if name == "small":
         return nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
     blocks = [(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU()) for _ in range(3)]
@@ -34,7 +32,7 @@ def make_model(name: str) -> nn.Module:
 
 
 def train(name: str, num_steps: int, folder: Path, victims: list[int]) -> None:
-    """On each rank: writes the times of its steps, and of its death, to the folder."""
+    """Write the times of this rank's steps, and of its kill, to the folder. Runs on each rank."""
     from distributed_trainer import create_distributed_trainer
 
     torch.manual_seed(0)
@@ -45,7 +43,7 @@ def train(name: str, num_steps: int, folder: Path, victims: list[int]) -> None:
     rank, steps = trainer.rank, []
     for step in range(num_steps):
         if victims and step >= 20 and step % 20 == 0 and victims[step // 20 - 1 :][:1] == [rank]:
-            time.sleep(0.1)  # the others wait in the step by now
+            time.sleep(0.1)  # by now the other ranks wait in the step
             (folder / f"killed-{step}").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
         began = time.time()
@@ -55,50 +53,62 @@ def train(name: str, num_steps: int, folder: Path, victims: list[int]) -> None:
     trainer.close()
 
 
-def launch(options: list[str], num_ranks: int, name: str, num_steps: int, victims: list[int]) -> Path:
-    """Has `train` run on ranks; returns the folder."""
-    folder = Path(tempfile.mkdtemp())
-    command = [sys.executable, "-m", "distributed_trainer", "run", *options, "-np", str(num_ranks), __file__]
-    words = [name, str(num_steps), str(folder), json.dumps(victims)]
-    subprocess.run([*command, *words], check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=300)
-    return folder
+def launch(run_options: list[str], num_ranks: int, name: str, num_steps: int, victims: list[int]) -> tuple[list, list]:
+    """Run `train` on ranks.
 
-
-def steps_of(folder: Path) -> list[list[tuple[float, float]]]:
-    """Of each rank that has lived: when its steps began and ended."""
-    return [json.loads(file.read_text()) for file in folder.glob("steps-*")]
+    Returns:
+        The begins and ends of the steps of each rank that survived, and (step, time) of each kill.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--train", name, str(num_steps), folder, json.dumps(victims)]
+        run_on_ranks(num_ranks, Path(__file__), *words, is_quiet=True, run_options=run_options)
+        steps = [json.loads(file.read_text()) for file in Path(folder).glob("steps-*")]
+        files = Path(folder).glob("killed-*")
+        return steps, sorted((int(file.name.split("-")[1]), float(file.read_text())) for file in files)
 
 
 def recovery_seconds(num_ranks: int) -> list[float]:
-    """Of one launch: for each rank that is killed, with others, until one is left."""
-    folder = launch(["--elastic"], num_ranks, "small", 20 * num_ranks, list(range(num_ranks - 1)))
-    kills = {int(file.name.split("-")[1]): float(file.read_text()) for file in folder.glob("killed-*")}
-    return [max(rank[step][1] for rank in steps_of(folder)) - at for step, at in sorted(kills.items())]
+    """Return the seconds of the recovery from each kill in one launch, which leaves one rank."""
+    steps, kills = launch(["--elastic"], num_ranks, "small", 20 * num_ranks, list(range(num_ranks - 1)))
+    return [max(rank[step][1] for rank in steps) - at for step, at in kills]
 
 
-def step_seconds(options: list[str], num_ranks: int, name: str) -> float:
-    """Of one launch: the median on the slowest rank."""
-    ranks = steps_of(launch(options, num_ranks, name, NUM_STEPS[name], []))
+def step_seconds(run_options: list[str], num_ranks: int, name: str, num_steps: int) -> float:
+    """Return the median seconds of a step in one launch, on the slowest rank."""
+    ranks, _ = launch(run_options, num_ranks, name, num_steps, [])
     return max(median(end - began for began, end in steps[NUM_FIRST_STEPS:]) for steps in ranks)
 
 
 def main() -> None:
-    """Reports both."""
+    """Print the tables."""
+    parser = make_parser(__doc__, seconds=0.0)
+    parser.add_argument("--kills", type=int, default=12, help="kills for each number of ranks")
+    parser.add_argument("--launches", type=int, default=7, help="launches of each kind")
+    parser.add_argument("--train", nargs=4, metavar=("NAME", "STEPS", "FOLDER", "VICTIMS"), help="used on ranks")
+    options = parser.parse_args()
+    if options.train:
+        name, num_steps, folder, victims = options.train
+        train(name, int(num_steps), Path(folder), json.loads(victims))
+        return
+    if options.quick:
+        options.kills, options.launches = 1, 1
+    recovery = Table("Recovery after a kill", "ranks", ["median", "max"])
     for num_ranks in (3, 4):
-        times = [one for _ in range(NUM_KILLS // (num_ranks - 1)) for one in recovery_seconds(num_ranks)]
-        text = f"median {1e3 * median(times):.0f} ms, max {1e3 * max(times):.0f} ms of {len(times)} kills"
-        print(f"recovery, from {num_ranks} ranks to 1: {text}", flush=True)
-    for name in NUM_STEPS:
-        num_parameters = sum(parameter.numel() for parameter in make_model(name).parameters())
-        kinds = ([], ["--elastic"])
-        pairs = [[step_seconds(options, 2, name) for options in kinds] for _ in range(NUM_LAUNCHES)]
-        usual, elastic = (median(times) for times in zip(*pairs, strict=True))
-        text = f"{1e3 * usual:.3f} ms, elastic {1e3 * elastic:.3f} ms of {NUM_LAUNCHES} launches each"
-        print(f"step of {name}, {num_parameters} parameters, 2 ranks: {text}", flush=True)
+        num_launches = max(1, options.kills // (num_ranks - 1))
+        times = [one for _ in range(num_launches) for one in recovery_seconds(num_ranks)]
+        recovery.add(f"from {num_ranks} to 1", {"median": median(times), "max": max(times)})
+    recovery.show(options.results)
+    kinds = {"run": [], "run --elastic": ["--elastic"]}
+    steps = Table("A training step on 2 ranks", "model", list(kinds), ratios="time")
+    for name, num_steps in NUM_STEPS.items():
+        num_steps = 2 * NUM_FIRST_STEPS if options.quick else num_steps
+        times = {kind: [] for kind in kinds}
+        for _ in range(options.launches):
+            for kind, run_options in kinds.items():
+                times[kind].append(step_seconds(run_options, 2, name, num_steps))
+        steps.add(name, {kind: median(values) for kind, values in times.items()})
+    steps.show(options.results)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        train(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]))
-    else:
-        main()
+    main()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The floor of an all_reduce (floor.cpp) on this machine, for the ranks of one machine."""
+"""The shortest possible time of an all_reduce among ranks of one machine (floor.cpp)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SOURCE = Path(__file__).with_name("floor.cpp")
 
 
 class Floor:
-    """Memory shared by all ranks, and the bare loop over it. Making it is collective.
+    """Memory shared by all ranks, and a plain loop over it. The constructor is collective.
 
     Args:
-        count: float32 elements of each rank's block, a multiple of 16 times the ranks.
+        count: Number of float32 elements of each rank's block, a multiple of 16 times the number of ranks.
     """
 
     def __init__(self, count: int) -> None:
@@ -51,5 +51,5 @@ class Floor:
         )
 
     def __call__(self) -> None:
-        """Runs the loop once. Collective."""
+        """Run the loop once. Collective."""
         self._function(*self._arguments)

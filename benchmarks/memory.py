@@ -1,86 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of all ranks at the peak of backward, beside plain processes: mpirun -np 2 python benchmarks/memory.py ours
+"""Measure the memory of all ranks at the peak of backward, beside plain processes: python benchmarks/memory.py
 
-The other contenders are "sharded" and "plain".
-
-Pss (proportional set size: a shared page counts once in all) of all ranks, in backward of the first layer, where all
-gradients are there. A rank may take its buckets in the gradients' place, and 15 MiB beside its largest single gradient.
+The figure is the Pss of all ranks (proportional set size: a shared page counts once in total), in backward of the first
+layer, when all gradients exist. A rank may use its buckets instead of gradients, and 15 MiB besides its largest single
+gradient. Each contender is a separate launch, since memory that one leaves would count for the next.
 """
 
-import sys
+import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from measure import report
-from mpi4py import MPI
-from torch import nn
-from training_step import make_mlp
+from table import Table, make_parser, run_on_ranks
 
-from distributed_trainer import DistributedTrainer, create_distributed_trainer
-
+CONTENDERS = ["plain", "ours", "ours, sharded"]
 MIB = 1 << 20
 
 
 def pss_bytes() -> int:
-    """Of this process."""
+    """Read how much memory this process has, in bytes."""
     (line,) = (line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
     return int(line.split()[1]) * 1024
 
 
-def peak(model: nn.Module, step: Callable[[], object]) -> int:
-    """Summed Pss of all ranks where the first layer's gradient is known, in the last of some steps. Collective."""
+def peak(layer: object, step: Callable[[], object]) -> int:
+    """Return the sum of all ranks' Pss when the layer's gradient is known, in the last of some steps.
+
+    Collective, blocks.
+    """
+    from mpi4py import MPI
+
     sums = []
 
-    def look(gradient: torch.Tensor) -> None:
+    def look(*_unused: object) -> None:
         MPI.COMM_WORLD.Barrier()
         sums.append(MPI.COMM_WORLD.allreduce(pss_bytes()))
         MPI.COMM_WORLD.Barrier()
 
     for _ in range(3):
         step()
-    hook = model[1].register_full_backward_hook(lambda module, inputs, outputs: look(outputs[0]))
+    hook = layer.register_full_backward_hook(look)
     step()
     hook.remove()
     return sums[-1]
 
 
-def plain_step(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], object]:
-    """A step in plain torch, with Adam."""
-    optimizer, criterion = torch.optim.Adam(model.parameters()), nn.CrossEntropyLoss()
+def run_rank(contender: str, file: Path, is_quick: bool) -> None:
+    """Measure one contender; rank 0 writes the bytes to the file. Runs on each rank."""
+    from models import make_step, make_subjects, make_trainer_step
+    from mpi4py import MPI
 
-    def step() -> None:
-        optimizer.zero_grad()
-        criterion(model(inputs), targets).backward()
-        optimizer.step()
+    from distributed_trainer import create_distributed_trainer
 
-    return step
-
-
-def our_step(trainer: DistributedTrainer, inputs: torch.Tensor, targets: torch.Tensor) -> Callable[[], object]:
-    """The same with a trainer."""
-    optimizer, criterion = torch.optim.Adam(trainer.model.parameters()), nn.CrossEntropyLoss()
-    whole = [torch.cat([part] * trainer.world_size) for part in (inputs, targets)]
-    return lambda: trainer.train_step(*whole, criterion, optimizer)
+    subject = make_subjects(MPI.COMM_WORLD.size, is_quick)[0]
+    model = subject.model
+    trainer = create_distributed_trainer(model, shard="optimizer" if contender == "ours, sharded" else None)
+    if contender == "plain":
+        step = make_step(model, *trainer.split(subject.batch))
+        trainer.close()
+    else:
+        step = make_trainer_step(trainer, *subject.batch)
+    bytes_in_all = peak(model[1], step)
+    if MPI.COMM_WORLD.rank == 0:
+        file.write_text(json.dumps(bytes_in_all))
 
 
 def main() -> None:
-    """Reports the peak of one contender: what one leaves behind would count as the other's."""
-    torch.manual_seed(0)
-    model, inputs, targets = make_mlp(), torch.randn(32, 1024), torch.randint(0, 1000, (32,))
-    contender = sys.argv[1]
-    trainer = create_distributed_trainer(model, shard_optimizer=contender == "sharded")
-    if contender == "plain":
-        trainer.close()
-        bytes_in_all = peak(model, plain_step(model, inputs, targets))
-    else:
-        bytes_in_all = peak(model, our_step(trainer, inputs, targets))
-    largest = max(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    report(
-        {"benchmark": "memory", "contender": contender, "ranks": trainer.world_size, "bytes": bytes_in_all},
-        f"MLP 25 M, {contender}, {trainer.world_size} ranks: Pss {bytes_in_all / MIB:.0f} MiB in all "
-        f"(largest gradient {largest / MIB:.0f} MiB)",
-    )
+    """Print the table, which has one row."""
+    parser = make_parser(__doc__, seconds=0.0)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--contender", nargs=2, metavar=("NAME", "FILE"), help="used on ranks")
+    options = parser.parse_args()
+    if options.contender:
+        run_rank(options.contender[0], Path(options.contender[1]), options.quick)
+        return
+    values = {}
+    quick = ["--quick"] if options.quick else []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in CONTENDERS:
+            file = Path(folder) / "bytes"
+            run_on_ranks(options.ranks, Path(__file__), "--contender", name, str(file), *quick, is_quiet=True)
+            values[name] = json.loads(file.read_text())
+    title = f"Memory at the peak of a step, Pss of {options.ranks} ranks in all"
+    table = Table(title, "model", CONTENDERS, "MiB", 1 / MIB, ratios="size")
+    table.add("MLP", values)
+    table.show(options.results)
 
 
 if __name__ == "__main__":

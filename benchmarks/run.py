@@ -1,125 +1,138 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the benchmarks, and writes a table, the figures as JSON and two plots: python benchmarks/run.py FOLDER
+"""Run the main benchmarks, and write tables, the figures as JSON and two plots: python benchmarks/run.py FOLDER
 
-The allocator's settings are a process's, and so is memory: what differs in them takes turns, launch by launch, three
-times, and figures are medians over the launches.
+Contenders with different settings of the allocator, or whose memory is measured, need separate processes. All launches
+take turns, three times, and figures are medians over the launches.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import subprocess
 import sys
+import time
 from collections import defaultdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+from table import Table, run_on_ranks
 
+MINUTES = 13  # time of all launches on a machine with 2 cores
 NUM_ROUNDS = 3
-SECONDS_PER_MODEL = "10"
 BENCHMARKS = Path(__file__).parent
-# Script, arguments, ranks, variables.
-LAUNCHES: list[tuple[str, list[str], int, dict[str, str]]] = [
-    ("all_reduce.py", [], 2, {}),
-    ("training_step.py", [], 2, {}),
-    ("training_step.py", [], 2, {"DTRAIN_MALLOC": "default"}),
-    ("training_step.py", ["mlp"], 4, {}),
-    ("loading.py", [], 2, {}),
-    *(("memory.py", [contender], 2, {}) for contender in ("plain", "ours", "sharded")),
+KEPT, DEFAULT = "freed memory kept", "malloc's default"
+
+
+class Launch(NamedTuple):
+    """A benchmark in one environment."""
+
+    script: str
+    num_ranks: int | None = 2
+    """Number of ranks; None if the benchmark itself starts ranks."""
+    words: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+    label: str = ""
+    """Label that distinguishes its tables from those of the same benchmark in another environment."""
+
+    def run(self, words: list[str]) -> None:
+        """Run the benchmark with further arguments. Blocks."""
+        script, words = BENCHMARKS / self.script, [*self.words, *words]
+        if self.num_ranks is None:
+            subprocess.run([sys.executable, str(script), *words], check=True)
+        else:
+            run_on_ranks(self.num_ranks, script, *words, variables=dict(self.variables))
+
+
+LAUNCHES = [
+    Launch("all_reduce.py"),
+    Launch("training_step.py", words=("--seconds", "10"), label=KEPT),
+    Launch("training_step.py", words=("--seconds", "10"), variables=(("DTRAIN_MALLOC", "default"),), label=DEFAULT),
+    Launch("training_step.py", num_ranks=4, words=("--seconds", "10", "--only-mlp"), label=KEPT),
+    Launch("loading.py", words=("--seconds", "10")),
+    Launch("memory.py", num_ranks=None),
 ]
 
 
-def launch(script: str, arguments: list[str], num_ranks: int, variables: dict[str, str], results: Path) -> None:
-    """Runs a benchmark under this environment's mpirun; its lines go to `results`."""
-    command = [f"{sys.prefix}/bin/mpirun", "--bind-to", "none", "-np", str(num_ranks), sys.executable]
-    environ = {**os.environ, "BENCH_SECONDS": SECONDS_PER_MODEL, "BENCH_RESULTS": str(results), **variables}
-    subprocess.run([*command, str(BENCHMARKS / script), *arguments], env=environ, check=True)
+def run_all(num_rounds: int, words: list[str], results: Path) -> list[Table]:
+    """Run all launches in turn; return their tables, with medians over the rounds."""
+    of_rounds: dict[str, list[Table]] = defaultdict(list)
+    for number in range(num_rounds):
+        began = time.monotonic()
+        for launch in LAUNCHES:
+            results.unlink(missing_ok=True)
+            launch.run([*words, "--results", str(results)])
+            for line in results.read_text().splitlines():
+                table = Table(**json.loads(line))
+                table.title += f", {launch.label}" if launch.label else ""
+                of_rounds[table.title].append(table)
+        minutes = (time.monotonic() - began) / 60
+        print(f"\nround {number + 1} of {num_rounds} took {minutes:.1f} minutes", flush=True)
+    results.unlink()
+    return [merge(tables) for tables in of_rounds.values()]
 
 
-def key_of(result: dict[str, Any]) -> str:
-    """What a result is of, the same in each round."""
-    names = ("benchmark", "model", "KiB", "ranks", "allocator", "contender")
-    return ", ".join(f"{name} {result[name]}" for name in names if name in result)
+def merge(tables: list[Table]) -> Table:
+    """Merge tables with the same rows to one, which has the median of each number."""
+    first = tables[0]
+    rows = {
+        row: {column: median(table.rows[row][column] for table in tables) for column in values}
+        for row, values in first.rows.items()
+    }
+    return replace(first, rows=rows)
 
 
-def medians(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One of results of the same kind: of each number the median."""
-
-    def merge(values: list[Any]) -> Any:
-        if isinstance(values[0], dict):
-            return {name: merge([value[name] for value in values]) for name in values[0]}
-        return median(values) if isinstance(values[0], (int, float)) else values[0]
-
-    groups = defaultdict(list)
-    for result in results:
-        groups[key_of(result)].append(result)
-    return {key: merge(group) for key, group in groups.items()}
-
-
-def table(figures: dict[str, Any]) -> str:
-    """Milliseconds, of which those of the first contender stand in brackets as a ratio."""
-    lines = []
-    for key, result in figures.items():
-        if "seconds" in result:
-            first = next(iter(result["seconds"].values()))
-            columns = (f"{name} {1e3 * value:.4g} ({value / first:.2f})" for name, value in result["seconds"].items())
-            lines.append(f"{key}: " + ", ".join(columns) + " ms")
-        else:
-            lines.append(f"{key}: {result['bytes'] / (1 << 20):.0f} MiB")
-    return "\n".join(lines) + "\n"
-
-
-def plot_all_reduce(figures: dict[str, Any], file: Path) -> None:
-    """Time against size, all contenders and the floor."""
-    results = sorted((r for r in figures.values() if r["benchmark"] == "all_reduce"), key=lambda result: result["KiB"])
+def plot_all_reduce(table: Table, file: Path) -> None:
+    """Plot time against size, for all contenders and the floor."""
     _, axes = plt.subplots(figsize=(7, 5))
-    for name in results[-1]["seconds"]:
-        points = [(result["KiB"], 1e3 * result["seconds"][name]) for result in results if name in result["seconds"]]
-        axes.loglog(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel="KiB of float32", ylabel="milliseconds", title="all_reduce, 2 ranks on 2 cores")
+    for column in table.columns:
+        points = [(row, 1e3 * values[column]) for row, values in table.rows.items() if column in values]
+        axes.semilogy(*zip(*points, strict=True), marker="o", label=column)
+    axes.set(xlabel="float32", ylabel="milliseconds", title=table.title)
     axes.legend()
     plt.savefig(file, dpi=120, bbox_inches="tight")
 
 
-def plot_steps(figures: dict[str, Any], file: Path) -> None:
-    """Phases of a step as stacked bars."""
-    results = [
-        r
-        for r in figures.values()
-        if r["benchmark"] == "training_step" and r["ranks"] == 2 and r["allocator"] == "ours"
-    ]
-    _, panels = plt.subplots(1, len(results), figsize=(6 * len(results), 5), squeeze=False)
-    names = ["forward", "backward", "exchange that is waited for", "optimizer"]
-    for axes, result in zip(panels[0], results, strict=True):
-        contenders, bottoms = list(result["phases"]), [0.0] * len(result["phases"])
-        for name in names:
-            heights = [1e3 * result["phases"][contender].get(name, 0.0) for contender in contenders]
-            axes.bar(contenders, heights, bottom=bottoms, label=name)
-            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-        axes.set(ylabel="milliseconds", title=result["model"])
-    panels[0][0].legend()
+def plot_phases(table: Table, file: Path) -> None:
+    """Plot the phases of steps as stacked bars."""
+    _, axes = plt.subplots(figsize=(9, 5))
+    left = [0.0] * len(table.rows)
+    for phase in table.columns:
+        widths = [1e3 * values.get(phase, 0.0) for values in table.rows.values()]
+        axes.barh(list(table.rows), widths, left=left, label=phase)
+        left = [before + width for before, width in zip(left, widths, strict=True)]
+    axes.set(xlabel="milliseconds", title=table.title)
+    axes.invert_yaxis()
+    axes.legend()
     plt.savefig(file, dpi=120, bbox_inches="tight")
 
 
 def main() -> None:
-    """Prints the table and writes everything to the folder."""
-    folder = Path(sys.argv[1])
+    """Print the tables, and write all results to the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one round of small sizes, to see that all of it runs")
+    options = parser.parse_args()
+    num_rounds = 1 if options.quick else NUM_ROUNDS
+    expected = "about a minute" if options.quick else f"about {MINUTES} minutes"
+    rounds = "1 round" if options.quick else f"{num_rounds} rounds"
+    print(f"{rounds} of {len(LAUNCHES)} launches: this takes {expected}", flush=True)
+    began = time.monotonic()
+    folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    lines = folder / "launches.jsonl"
-    lines.unlink(missing_ok=True)
-    for _ in range(NUM_ROUNDS):
-        for arguments in LAUNCHES:
-            launch(*arguments, lines)
-    figures = medians([json.loads(line) for line in lines.read_text().splitlines()])
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1))
-    (folder / "table.txt").write_text(table(figures))
-    print("\n" + table(figures))
-    plot_all_reduce(figures, folder / "all_reduce.png")
-    plot_steps(figures, folder / "training_step.png")
-    print(f"figures.json, table.txt, all_reduce.png and training_step.png are in {folder}")
+    tables = run_all(num_rounds, ["--quick"] if options.quick else [], folder / "launch.jsonl")
+    (folder / "figures.json").write_text(json.dumps([asdict(table) for table in tables], indent=1))
+    text = "\n\n".join(map(str, tables))
+    (folder / "tables.md").write_text(text + "\n")
+    print(f"\n==== Medians of {rounds}\n\n{text}\n")
+    by_title = {table.title: table for table in tables}
+    plot_all_reduce(by_title["all_reduce on 2 ranks"], folder / "all_reduce.png")
+    plot_phases(by_title[f"Phases of a step on 2 ranks, means, {KEPT}"], folder / "training_step.png")
+    minutes = (time.monotonic() - began) / 60
+    print(f"{minutes:.1f} minutes; figures.json, tables.md, all_reduce.png and training_step.png are in {folder}")
 
 
 if __name__ == "__main__":

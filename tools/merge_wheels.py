@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Merges wheels that differ only in the engine's modules into one wheel that has all the modules.
+"""Merge wheels that differ only in the engine's modules into one wheel that has all the modules.
 
 Usage: python tools/merge_wheels.py DESTINATION WHEEL WHEEL...
 """
@@ -14,10 +14,10 @@ from pathlib import Path
 
 
 def merge(wheels: list[Path], destination: Path) -> Path:
-    """Writes the union of `wheels` to the folder `destination`. A file in several must be the same."""
+    """Write the union of `wheels` to the folder `destination`; a file that is in several must be the same in each."""
     names = sorted({wheel.name for wheel in wheels})
     if len(names) != 1:
-        raise SystemExit(f"Not of one version, Python and platform: {', '.join(names)}")
+        raise SystemExit(f"The wheels differ in version, Python or platform: {', '.join(names)}")
     files: dict[str, bytes] = {}
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:

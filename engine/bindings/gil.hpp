@@ -6,9 +6,9 @@
 
 namespace dtrain {
 
-// Lets other Python threads run while it lives. nanobind's guard ends the process when a daemon thread wants the lock
-// back after Python's end: CPython before 3.14 ends such a thread by unwinding it, and a destructor that throws means
-// std::terminate. Here the thread sleeps until the process is gone, as in CPython from 3.14 on.
+// Lets other Python threads run while it lives. nanobind's guard would end the process when a daemon thread wants the
+// lock back after Python's end: CPython before 3.14 ends such a thread by unwinding it, and a destructor that throws
+// means std::terminate. This guard lets the thread sleep until the process is gone, as CPython does from 3.14 on.
 class GilRelease {
  public:
   GilRelease() = default;

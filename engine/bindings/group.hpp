@@ -9,7 +9,8 @@
 
 namespace dtrain {
 
-// What Python holds: the engine goes last, whatever order the garbage collector takes.
+// Objects that Python holds. Each keeps the engine alive, which is destroyed last, in whatever order the garbage
+// collector destroys them.
 struct EngineGroup {
   std::shared_ptr<Engine> engine;
   std::shared_ptr<Group> group;
@@ -21,7 +22,7 @@ struct Pending {
   std::shared_ptr<Operation> operation;
 };
 
-// The classes Group and Operation.
+// Adds the classes Group and Operation to the module.
 void bind_group(nanobind::module_& m);
 
 }  // namespace dtrain

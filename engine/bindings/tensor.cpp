@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Since 2.10 torch hands out a table of C functions, DLPack's exchange API (dlpack.h, version 1.3). `__dlpack__` gives
-// the same by way of Python code and a capsule, which takes 2 us: as long as a reduction of 32 KiB.
+// Since 2.10, torch provides a table of C functions, DLPack's exchange API (dlpack.h, version 1.3). `__dlpack__` gives
+// the same through Python code and a capsule, which takes 2 us: as long as a reduction of 32 KiB.
 #include "bindings/tensor.hpp"
 
 #include <nanobind/ndarray.h>
@@ -30,7 +30,7 @@ const ExchangeApi& exchange_api_of(nb::handle tensor) {
   if (!nb::isinstance<nb::capsule>(capsule)) throw nb::type_error("expected a tensor of torch 2.10 or newer");
   const auto* api = static_cast<const ExchangeApi*>(nb::cast<nb::capsule>(capsule).data("dlpack_exchange_api"));
   while (api != nullptr && api->version.major != known_major_version) api = api->previous;
-  if (api == nullptr) throw nb::type_error("this torch hands out tensors by a newer DLPack than version 1");
+  if (api == nullptr) throw nb::type_error("this torch provides tensors through a newer DLPack than version 1");
   return *api;
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The memory of a tensor, for the time of a call, without any header of torch.
+// Access to the memory of a tensor for the time of a call, without any header of torch.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -16,11 +16,11 @@ struct TensorMemory {
   DataType dtype;
 };
 
-// What `tensor` (a torch.Tensor on the CPU, contiguous) holds; the caller keeps it alive. Throws nb::type_error for
-// anything else.
+// Returns the memory of `tensor` (a torch.Tensor on the CPU, contiguous); the caller keeps it alive. Throws
+// nb::type_error for any other object.
 TensorMemory memory_of(nanobind::handle tensor);
 
-// The same, of a type that reductions take.
+// Returns the same as memory_of(); throws nb::type_error if reductions do not take the tensor's type.
 TensorMemory reducible_memory_of(nanobind::handle tensor);
 
 }  // namespace dtrain

@@ -2,18 +2,22 @@
 #include "collectives/all_gather.hpp"
 
 #include <algorithm>
+#include <utility>
 
+#include "collectives/arguments.hpp"
 #include "collectives/parts.hpp"
 
 namespace dtrain {
+namespace {
 
-Task all_gather(Group& group, std::span<const std::byte> input, std::vector<std::span<std::byte>> outputs) {
+Task run_all_gather(Group& group, std::span<const std::byte> input, std::vector<std::span<std::byte>> outputs) {
   const auto size = static_cast<std::size_t>(group.size());
   const auto own = static_cast<std::size_t>(group.rank());
   const bool one_node = group.num_nodes() == 1;
   std::size_t longest = 0;
   for (const auto output : outputs) longest = std::max(longest, output.size());
-  std::vector<std::byte> received;  // pieces arrive side by side, but lie apart in the outputs; the own one is behind
+  std::vector<std::byte>
+      received;  // pieces arrive side by side and lie apart in the outputs; the last place is this rank's input
   for (std::size_t start = 0; start < longest; start += LocalGroup::scratch_bytes) {
     const std::size_t num_bytes = std::min(LocalGroup::scratch_bytes, longest - start);
     const auto work = window(input, start, num_bytes);
@@ -37,6 +41,18 @@ Task all_gather(Group& group, std::span<const std::byte> input, std::vector<std:
       if (output.data() != piece) copy({piece, output.size()}, output.data());
     }
   }
+}
+
+}  // namespace
+
+PreparedCall all_gather(Group& group, std::span<const std::byte> input, std::vector<std::span<std::byte>> outputs,
+                        DataType dtype) {
+  check_parts("all_gather", "outputs", outputs, input, group);
+  Call call{.collective = Collective::all_gather, .dtype = dtype};
+  describe_parts(outputs, call);
+  return {.group = group, .call = call, .start = [&group, input, outputs = std::move(outputs)](Operation&) {
+            return run_all_gather(group, input, outputs);
+          }};
 }
 
 }  // namespace dtrain

@@ -4,20 +4,23 @@
 #include <cstddef>
 #include <span>
 
-#include "collectives/group.hpp"
+#include "collectives/prepared_call.hpp"
 
 namespace dtrain {
 
-// Reduces `buffer` over all ranks of `group`, in place. Collective; every rank ends with the same bits. To be called
-// once the calls of all ranks are known. What follows is for a group on one node; all_reduce_nodes.hpp has several.
+// Reduces `buffer` over all ranks of `group`, in place. Collective; every rank ends with the same bits.
+PreparedCall all_reduce(Group& group, std::span<std::byte> buffer, const Reduction& reduction);
+
+// Runs an all_reduce once the calls of all ranks are known. The steps below are for a group on one node;
+// all_reduce_nodes.hpp has the steps for several nodes.
 //
-// 1. Each rank's data is where its node can read it: in place if all allocated the buffer together, else copied piece
-//    by piece into the scratch memory of the group.
-// 2. It is cut into a slice for each rank, its carrier, which reduces it over all ranks, in their order; where ranks
-//    are in several domains (domains.hpp), each reduces its own part first.
-// 3. The result is written to all ranks' buffers by the carrier, or fetched by each rank from the scratch memory.
+// 1. Each rank's data is where its node can read it: in place if all ranks allocated the buffer together, else copied
+//    piece by piece into the scratch memory of the group.
+// 2. The data is cut into one slice for each rank, the slice's carrier. The carrier reduces its slice over all ranks,
+//    in their order; where ranks are in several domains (numa.hpp), each domain reduces its own part first.
+// 3. The carrier writes the result to all ranks' buffers, or each rank fetches it from the scratch memory.
 // With check_finite, the carriers' findings travel with the barrier after step 2, so that all ranks report the same.
-// Invariant: every element is reduced in one fixed order (of each domain, then of the domains).
-Task all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction);
+// Invariant: every element is reduced in one fixed order (within each domain, then over the domains).
+Task run_all_reduce(Group& group, std::span<std::byte> buffer, Reduction reduction);
 
 }  // namespace dtrain

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "at.hpp"
 #include "collectives/messages.hpp"
 #include "collectives/node_exchange.hpp"
 #include "collectives/parts.hpp"
@@ -16,21 +17,21 @@ namespace {
 
 using Route = NodeExchange::Route;
 
-// What a carrier has under way of one stage, where the data is in place: enough to keep the network busy while this
-// rank or the other side does something else.
+// Number of messages of one stage that a carrier has under way, where the data is in place: enough to keep the network
+// busy while this rank or its peer does something else.
 constexpr std::size_t messages_under_way = 16;
-// Segments in the scratch memory: as few as overlap, since each takes two barriers.
+// Number of segments in the scratch memory: the fewest that overlap, since each segment takes two barriers.
 constexpr std::size_t num_scratch_segments = 4;
-// By which slices of one segment may differ.
+// Largest difference between the lengths of two slices of one segment.
 constexpr std::size_t max_rounding_bytes = 64;
 
-// What all ranks of the group must decide alike.
+// Decisions that must be the same on all ranks of the group.
 struct Plan {
   Route route;
   bool in_place;
   std::size_t segment_bytes;
-  std::size_t turn_lag;  // segments begun after one before its turn
-  std::size_t end_lag;   // and before its end
+  std::size_t turn_lag;  // number of later segments that begin before the turn of a segment
+  std::size_t end_lag;   // number of later segments that begin before the end of a segment
   std::size_t num_slots;  // segments under way
 
   Plan(const Group& group, bool is_shared, std::size_t num_bytes, std::size_t element_bytes, std::size_t wire_bytes) {
@@ -41,14 +42,14 @@ struct Plan {
     const std::size_t hops = route == Route::one_hop ? 1 : 2;
     turn_lag = in_place ? std::max(messages_under_way / peers, std::size_t{2}) : num_scratch_segments / 2 / hops;
     end_lag = hops * turn_lag;
-    num_slots = end_lag + (in_place ? 1 : 2);  // another rank may still fetch what ended last
+    num_slots = end_lag + (in_place ? 1 : 2);  // another rank may still fetch the segment that ended last
     const std::size_t pieces = slices * (hops == 1 ? 1 : peers + 1);
     segment_bytes = in_place ? message_bytes * pieces * element_bytes / wire_bytes
                              : 2 * LocalGroup::scratch_bytes / num_scratch_segments;
   }
 };
 
-// The stages of each segment, without the waits between them.
+// The stages of each segment; the caller waits between them.
 class SegmentedReduction {
  public:
   SegmentedReduction(Group& group, std::span<std::byte> buffer, const Reduction& reduction);
@@ -64,11 +65,11 @@ class SegmentedReduction {
   void end(std::size_t number);  // the node has the result after a barrier
   void fetch(std::size_t number);
 
-  // In what has ended of this rank's slices.
+  // Whether this rank's slices that have ended hold an infinity or NaN.
   bool found_nonfinite() const { return found_nonfinite_; }
 
-  // Whether what `number` waits for has come.
-  bool has_come(std::size_t number) { return mpi::test_all(slot(number).transfers); }
+  // Whether the transfers for which segment `number` waits are complete.
+  bool has_arrived(std::size_t number) { return mpi::test_all(slot(number).transfers); }
   // Drives the transfers of all segments while something else is waited for.
   void drive() {
     for (Slot& slot : slots_) mpi::test_all(slot.transfers);
@@ -76,9 +77,9 @@ class SegmentedReduction {
 
  private:
   struct Slot {
-    std::vector<std::byte*> places;  // of the segment, or its copy, at every local rank
+    std::vector<std::byte*> places;  // where every local rank has the segment or its copy
     std::vector<std::span<std::byte>> carried;  // this rank's slices, in its own place
-    std::vector<NodeExchange::Slice> wire;  // what crosses of each
+    std::vector<NodeExchange::Slice> wire;  // the bytes of each slice that cross between nodes
     std::optional<NodeExchange> exchange;
     std::vector<mpi::Transfer> transfers;
     std::span<std::byte> memory;
@@ -110,11 +111,11 @@ class SegmentedReduction {
 Reduction within_nodes(Reduction reduction) {
   const bool is_sum = reduction.op == ReduceOp::sum || reduction.op == ReduceOp::average;
   if (reduction.dtype != DataType::float32 || !is_sum) reduction.wire_dtype.reset();
-  reduction.check_finite = false;  // what counts is the final result
+  reduction.check_finite = false;  // only the final result is checked
   return reduction;
 }
 
-// The average's division comes with the last reduction of an element.
+// The average is divided in the last reduction of an element.
 Reduction between_nodes(const Group& group, Reduction reduction) {
   if (reduction.op == ReduceOp::average) reduction.scale = 1.0 / group.size();
   reduction.dtype = reduction.wire_dtype.value_or(reduction.dtype);
@@ -134,7 +135,8 @@ SegmentedReduction::SegmentedReduction(Group& group, std::span<std::byte> buffer
       slots_(plan_.num_slots) {
   if (plan_.in_place && shared_.empty()) shared_ = {buffer.data()};
   const auto own_slices = num_slices_ / static_cast<std::size_t>(group.local().size()) + 1;
-  // For each slice of the first segment, the longest: its 16-bit copy, and what the other nodes send of it.
+  // Room for each slice of the first segment, which is the longest: its 16-bit copy, and the slices that the other
+  // nodes send.
   const std::size_t slice_bytes = part_of(work(0), num_slices_ - 1, num_slices_).size() + max_rounding_bytes;
   const std::size_t copies = plan_.route == Route::one_hop ? static_cast<std::size_t>(group.num_nodes()) : 2;
   const std::size_t slot_bytes = own_slices * slice_bytes * copies;
@@ -151,24 +153,24 @@ void SegmentedReduction::fill(std::size_t number) {
   }
   to.places = takes_all_scratch() ? group_.local().all_scratch() : group_.local().next_scratch();
   for (std::byte*& place : to.places) place += number % num_scratch_segments * plan_.segment_bytes;
-  std::memcpy(to.places[static_cast<std::size_t>(group_.local().rank())], work(number).data(), work(number).size());
+  std::memcpy(at(to.places, group_.local().rank()), work(number).data(), work(number).size());
 }
 
 void SegmentedReduction::begin(std::size_t number) {
-  Slot& at = slot(number);
+  Slot& current = slot(number);
   const auto own_local = static_cast<std::size_t>(group_.local().rank());
   const auto num_local = static_cast<std::size_t>(group_.local().size());
-  const std::span<std::byte> own(at.places[own_local], work(number).size());
-  auto free = at.memory;
-  at.carried.clear();
-  at.wire.clear();
+  const std::span<std::byte> own(current.places[own_local], work(number).size());
+  auto free = current.memory;
+  current.carried.clear();
+  current.wire.clear();
   for (std::size_t s = own_local; s < num_slices_; s += num_local) {
     const auto slice = part_of(own, s, num_slices_);
     if (num_local > 1) {
-      const auto sources = slice_places(at.places, slice, own.data());
+      const auto sources = slice_places(current.places, slice, own.data());
       std::byte* const destination = slice.data();
-      reduce_by_domains(group_.local().domains(), {sources.begin(), sources.end()}, {&destination, 1},
-                        num_elements(slice), within_);
+      reduce_by_numa(group_.local().numa_domains(), {sources.begin(), sources.end()}, {&destination, 1},
+                     num_elements(slice), within_);
     }
     auto wire = slice;
     if (is_narrow()) {
@@ -176,11 +178,11 @@ void SegmentedReduction::begin(std::size_t number) {
       free = free.subspan(wire.size());
       narrow(slice, wire.data(), between_.dtype);
     }
-    at.carried.push_back(slice);
-    at.wire.push_back({s, wire});
+    current.carried.push_back(slice);
+    current.wire.push_back({s, wire});
   }
-  at.exchange.emplace(group_, at.wire, plan_.route, free);
-  at.transfers = at.exchange->scatter();
+  current.exchange.emplace(group_, current.wire, plan_.route, free);
+  current.transfers = current.exchange->scatter();
 }
 
 void SegmentedReduction::turn(std::size_t number) {
@@ -189,16 +191,17 @@ void SegmentedReduction::turn(std::size_t number) {
 }
 
 void SegmentedReduction::end(std::size_t number) {
-  Slot& at = slot(number);
-  const std::byte* const own = at.places[static_cast<std::size_t>(group_.local().rank())];
-  for (std::size_t i = 0; i < at.carried.size(); ++i) {
-    const auto slice = at.carried[i];
-    if (is_narrow()) widen(at.wire[i].bytes, slice.data(), between_.dtype);
+  Slot& current = slot(number);
+  const std::byte* const own = at(current.places, group_.local().rank());
+  for (std::size_t i = 0; i < current.carried.size(); ++i) {
+    const auto slice = current.carried[i];
+    if (is_narrow()) widen(current.wire[i].bytes, slice.data(), between_.dtype);
     if (!plan_.in_place && !check_finite_) continue;
-    const auto copies = plan_.in_place ? slice_places(at.places, slice, own) : std::vector{slice.data()};
+    const auto copies = plan_.in_place ? slice_places(current.places, slice, own) : std::vector{slice.data()};
     if (check_finite_) {  // a reduction of one source is a copy that looks at the values
       const std::byte* const source = slice.data();
-      found_nonfinite_ |= reduce({&source, 1}, copies, num_elements(slice), {.dtype = within_.dtype, .check_finite = true});
+      found_nonfinite_ |= reduce({&source, 1}, copies, num_elements(slice),
+                                 {.dtype = within_.dtype, .check_finite = true});
       continue;
     }
     for (std::byte* copy : copies) {
@@ -240,13 +243,13 @@ Task all_reduce_nodes(Group& group, std::span<std::byte> buffer, Reduction reduc
     }
     if (i >= plan.turn_lag && i - plan.turn_lag < num_segments) {
       const std::size_t number = i - plan.turn_lag;
-      auto scattered = Until([&segments, number] { return segments.has_come(number); });
+      auto scattered = Until([&segments, number] { return segments.has_arrived(number); });
       co_await scattered;
       segments.turn(number);
     }
     if (i >= plan.end_lag) {
       const std::size_t number = i - plan.end_lag;
-      auto gathered = Until([&segments, number] { return segments.has_come(number); });
+      auto gathered = Until([&segments, number] { return segments.has_arrived(number); });
       co_await gathered;
       segments.end(number);
       if (!plan.in_place) {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "collectives/group.hpp"
+#include "collectives/prepared_call.hpp"
 
 namespace dtrain {
 
-// Ends on each rank of `group` once all have called it. Collective.
-Task barrier(Group& group);
+// Ends on each rank of `group` once all ranks have called it. Collective.
+PreparedCall barrier(Group& group);
 
 }  // namespace dtrain

@@ -4,12 +4,12 @@
 #include <cstddef>
 #include <span>
 
-#include "collectives/group.hpp"
+#include "collectives/prepared_call.hpp"
 
 namespace dtrain {
 
-// Copies rank `root`'s `buffer` to that of every rank of `group`. Collective.
-// On one node through the scratch memory, piece by piece; over several by MPI's broadcast.
-Task broadcast(Group& group, std::span<std::byte> buffer, int root);
+// Copies rank `root`'s `buffer` to that of every rank of `group`. Collective. On one node the bytes go through the
+// scratch memory, piece by piece; over several nodes through MPI's broadcast.
+PreparedCall broadcast(Group& group, std::span<std::byte> buffer, int root, DataType dtype);
 
 }  // namespace dtrain

@@ -10,7 +10,7 @@ struct Mismatch : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A rank takes part in nothing more while others wait for it.
+// A rank has left the group while others wait for it.
 struct RankLeft : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

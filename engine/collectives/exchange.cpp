@@ -14,7 +14,7 @@
 namespace dtrain {
 namespace {
 
-// What every rank sends to every other and expects of it: a row of 2 N lengths in bytes for each rank.
+// Lengths that every rank sends to every other rank and expects from it: for each rank, a row of 2 N numbers of bytes.
 class Lengths {
  public:
   Lengths(std::size_t size, std::vector<std::uint64_t> rows) : size_(size), rows_(std::move(rows)) {}
@@ -38,7 +38,7 @@ class Lengths {
                        std::to_string(from) + " has " + std::to_string(sent(from, to) / element_bytes) +
                        " elements for rank " + std::to_string(to) + ", which has room for " +
                        std::to_string(expected(from, to) / element_bytes) +
-                       ". Make the sizes that a rank sends those that its peers receive");
+                       ". Let each rank send as many elements as its peer receives");
       }
     }
   }
@@ -48,10 +48,11 @@ class Lengths {
   std::vector<std::uint64_t> rows_;
 };
 
-// The k-th rank to which `from` sends: the one after it first, so that not all send to the same rank at once.
+// The k-th rank to which `from` sends. It begins with the rank after it, so that not all ranks send to the same one at
+// once.
 std::size_t target(std::size_t from, std::size_t k, std::size_t size) { return (from + k) % size; }
 
-// Where `from`'s message for `to` begins in the row of its messages.
+// Offset of `from`'s message for `to` in the row of its messages.
 std::size_t offset(const Lengths& lengths, std::size_t from, std::size_t to, std::size_t size) {
   std::size_t start = 0;
   for (std::size_t k = 1; target(from, k, size) != to; ++k) start += lengths.sent(from, target(from, k, size));
@@ -104,10 +105,11 @@ Task exchange(Group& group, std::vector<std::span<const std::byte>> sends, std::
 
   std::size_t longest = 0;
   for (std::size_t from = 0; from < size; ++from) {
-    longest = std::max(longest, offset(lengths, from, from, size));  // its end: the own message comes last
+    longest = std::max(longest, offset(lengths, from, from,
+                                       size));  // the end of the row: a rank's message to itself would be last
   }
   for (std::size_t start = 0; start < longest; start += LocalGroup::scratch_bytes) {
-    // Every row of messages is cut at the same places; `piece` is what of a message lies between two of them.
+    // Every row of messages is cut at the same places; `piece` is the part of a message between two of them.
     const auto piece = [&](auto message, std::size_t message_start) {
       const std::size_t skipped = start > message_start ? start - message_start : 0;
       const std::size_t behind = message_start > start ? message_start - start : 0;

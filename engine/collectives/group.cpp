@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "at.hpp"
 #include "collectives/errors.hpp"
 #include "memory/futex.hpp"
 
@@ -26,18 +27,19 @@ Group::Group(std::uint64_t id, mpi::Communicator communicator, std::vector<int> 
              std::vector<int> node_of_rank, LocalGroup local, std::shared_ptr<Counters> counters)
     : id_(id),
       communicator_(communicator),
+      max_tag_(communicator_.max_tag()),
       world_ranks_(std::move(world_ranks)),
       node_of_rank_(std::move(node_of_rank)),
       local_(std::move(local)),
       counters_(std::move(counters)) {
   ranks_of_node_.resize(static_cast<std::size_t>(std::ranges::max(node_of_rank_)) + 1);
   for (int member = 0; member < size(); ++member) {
-    ranks_of_node_[static_cast<std::size_t>(node_of_rank_[static_cast<std::size_t>(member)])].push_back(member);
+    at(ranks_of_node_, at(node_of_rank_, member)).push_back(member);
   }
 }
 
 mpi::Transfer Group::send(std::span<const std::byte> bytes, int destination, int tag) const {
-  if (node_of_rank_[static_cast<std::size_t>(destination)] != node()) {
+  if (at(node_of_rank_, destination) != node()) {
     ++counters_->messages_sent;
     counters_->bytes_sent += bytes.size();
   }
@@ -45,7 +47,7 @@ mpi::Transfer Group::send(std::span<const std::byte> bytes, int destination, int
 }
 
 mpi::Transfer Group::receive(std::span<std::byte> bytes, int source, int tag) const {
-  if (source != mpi::any_source && node_of_rank_[static_cast<std::size_t>(source)] != node()) {
+  if (source != mpi::any_source && at(node_of_rank_, source) != node()) {
     ++counters_->messages_received;
     counters_->bytes_received += bytes.size();
   }
@@ -104,7 +106,7 @@ bool Group::progress() {
   }
 }
 
-// In the order of their calls, in which MPI matches those of the same tag.
+// Advances messages in the order of their calls, since MPI matches messages of one tag in that order.
 bool Group::advance_messages() {
   std::size_t num_done = 0;
   for (const auto& message : messages_) {
@@ -114,7 +116,7 @@ bool Group::advance_messages() {
       if (!message->task_->done()) continue;
       finish(message, nullptr);
     } catch (...) {
-      finish(message, std::current_exception());  // it concerns two ranks; the group goes on
+      finish(message, std::current_exception());  // only two ranks are concerned; the group continues
     }
     ++num_done;
   }
@@ -147,8 +149,8 @@ bool Group::advance_head() {
   return true;
 }
 
-// On one node the calls are in shared memory. Between nodes they are exchanged before each operation: ranks that
-// disagreed on a length would have MPI write past a buffer.
+// Returns whether this rank has all ranks' calls. On one node they are in shared memory. Between nodes they are
+// exchanged before each operation: if ranks disagreed on a length, MPI would write past a buffer.
 bool Group::know_all_calls() {
   if (num_nodes() == 1) return true;
   if (!calls_transfer_) {
@@ -162,10 +164,10 @@ bool Group::know_all_calls() {
 }
 
 const Call& Group::call_of(int member) const {
-  return num_nodes() == 1 ? local_.call_of(member, num_finished_) : calls_[static_cast<std::size_t>(member)];
+  return num_nodes() == 1 ? local_.call_of(member, num_finished_) : at(calls_, member);
 }
 
-// Every rank looks at the same calls, so all of them come to the same sentence.
+// Compares all ranks' calls. Every rank looks at the same calls, so all of them throw the same message.
 void Group::check_calls() const {
   const Call& first = call_of(0);
   for (int member = 1; member < size(); ++member) {
@@ -204,15 +206,15 @@ void Group::check_all_here() const {
   }
   const int neighbour = local_.first_left(num_finished_);
   if (neighbour < 0 || neighbour == local_.rank()) return;
-  const int member = ranks_of_node(node())[static_cast<std::size_t>(neighbour)];
+  const int member = at(ranks_of_node(node()), neighbour);
   const std::string reason = local_.reason_of(neighbour);
-  // It may have come to where this rank waits, and left after that; then what is waited for has come by now.
+  // The neighbour may have left after it arrived where this rank waits; then the wait is over by now.
   if (reason.empty() && (!head.task_ ? local_.all_posted(num_finished_) : head.task_->is_ready())) return;
   if (!reason.empty()) throw RankLeft("rank " + std::to_string(member) + " has given up this group: " + reason);
   throw leaves(member);
 }
 
-// Ranks that have not called the head of the queue, as far as is known here.
+// Returns the ranks that have not called the head of the queue, as far as this rank knows.
 std::vector<std::pair<int, std::optional<LastSeen>>> Group::absent() const {
   std::vector<std::pair<int, std::optional<LastSeen>>> ranks;
   const std::vector<int>& neighbours = ranks_of_node(node());
@@ -222,7 +224,7 @@ std::vector<std::pair<int, std::optional<LastSeen>>> Group::absent() const {
     if (neighbour != neighbours.end()) {
       seen = local_.last_seen(static_cast<int>(neighbour - neighbours.begin()));
     } else if (!others_.empty()) {
-      seen = others_[static_cast<std::size_t>(member)];
+      seen = at(others_, member);
     }
     if (!seen || seen->num_calls <= num_finished_) ranks.emplace_back(member, seen);
   }
@@ -231,7 +233,7 @@ std::vector<std::pair<int, std::optional<LastSeen>>> Group::absent() const {
 
 bool Group::knows_all() const {
   for (int member = 0; member < size(); ++member) {
-    if (node_of_rank_[static_cast<std::size_t>(member)] != node() && !others_[static_cast<std::size_t>(member)]) {
+    if (at(node_of_rank_, member) != node() && !at(others_, member)) {
       return false;
     }
   }
@@ -261,7 +263,8 @@ std::string Group::describe_wait(const Operation& operation) const {
   text += ", collective " + std::to_string(number(operation)) + " of a group of " + std::to_string(size()) + " ranks";
   const auto missing = absent();
   for (const auto& [member, seen] : missing) text += "; rank " + std::to_string(member) + tell(seen);
-  if (missing.empty()) text += "; all ranks have come, but the data does not: see whether one was stopped or killed";
+  if (missing.empty())
+    text += "; all ranks have arrived, but the data has not: check whether a rank was stopped or killed";
   return text;
 }
 
@@ -274,11 +277,11 @@ void Group::finish_head(std::exception_ptr error) {
 }
 
 void Group::finish(const std::shared_ptr<Operation>& operation, std::exception_ptr error) {
-  // Collectives of one node make no MPI calls, messages always do.
+  // Collectives of one node make no MPI calls; messages always do.
   if (error && (num_nodes() > 1 || operation->is_message())) {
     abandoned_.push_back(operation);  // MPI may still write into its buffers
   } else {
-    operation->task_.reset();  // and its temporary memory with it
+    operation->task_.reset();  // frees its temporary memory
   }
   operation->error_ = std::move(error);
   operation->done_at_ = std::chrono::steady_clock::now();

@@ -16,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "at.hpp"
 #include "collectives/local_group.hpp"
 #include "collectives/task.hpp"
 #include "kernels/reduce.hpp"
@@ -23,30 +24,31 @@
 
 namespace dtrain {
 
-// A collective from call to completion. The caller keeps its buffers alive until is_done() or until the engine that
+// A collective from call to completion. The caller keeps its buffers alive until is_done(), or until the engine that
 // runs it is closed.
 class Operation {
  public:
-  // `start` makes the task once all ranks are known to call the same, so it may look at what they call.
+  // `start` makes the task. It is called once all ranks are known to make the same call, so it may look at their calls.
   Operation(const Call& call, std::function<Task(Operation&)> start) : call_(call), start_(std::move(start)) {}
 
   const Call& call() const { return call_; }
   bool is_message() const { return call_.collective >= Collective::send; }
-  // Of a receive that is done: the rank that sent.
+  // The rank that sent the message, once a receive is done.
   int source() const { return source_; }
   void set_source(int rank) { source_ = rank; }
 
   bool is_done() const { return done_.load(std::memory_order_acquire) != 0; }
-  // When this process noticed that it was done, with or without error. Only once it is done.
+  // When this process noticed that the operation was done, with or without error. Valid only once it is done.
   std::chrono::steady_clock::time_point done_at() const { return done_at_; }
-  // Rethrows what the operation failed with. Only once it is done.
+  // Rethrows the error with which the operation failed, if it failed. Valid only once it is done.
   void rethrow() const;
-  // Whether the result has an infinite or NaN element: of an all_reduce anywhere, so that all ranks get the same answer;
-  // of reduce_shards in this rank's shards. Only once it is done without error, and called with check_finite.
+  // Whether the result has an infinite or NaN element: for all_reduce anywhere, so that all ranks get the same answer;
+  // for reduce_shards in this rank's shards. Throws std::invalid_argument unless the operation is done without error
+  // and was called with check_finite.
   bool found_nonfinite() const;
   // Lets `buffers` live as long as the operation.
   void keep(std::shared_ptr<const void> buffers) { buffers_ = std::move(buffers); }
-  // For the engine: the word to sleep on.
+  // The word on which the engine sleeps until the operation is done.
   std::atomic<std::uint32_t>& done_word() { return done_; }
 
  private:
@@ -64,15 +66,15 @@ class Operation {
   std::atomic<std::uint32_t> done_{0};
 };
 
-// What the groups of an engine have done. The engine's driver writes, any thread reads.
+// Counts of what the groups of an engine have done. The thread that drives writes them, any thread reads them.
 struct Counters {
-  std::atomic<std::uint64_t> collectives{0};  // that succeeded
+  std::atomic<std::uint64_t> collectives{0};  // collectives that succeeded
   // Messages between nodes, and the bytes in them.
   std::atomic<std::uint64_t> messages_sent{0};
   std::atomic<std::uint64_t> bytes_sent{0};
   std::atomic<std::uint64_t> messages_received{0};
   std::atomic<std::uint64_t> bytes_received{0};
-  // Calls of MPI's own collectives; what those send is not counted, since MPI decides it.
+  // Calls of MPI's own collectives. The messages of these are not counted, since MPI decides them.
   std::atomic<std::uint64_t> mpi_collectives{0};
 };
 
@@ -80,8 +82,8 @@ struct Counters {
 class Group {
  public:
   // `world_ranks`: the engine's number of each rank of the group. `node_of_rank`: its node, numbered 0, 1, ... in the
-  // order of the lowest rank.
-  // `id`: the same on every rank of the group, and of no other group of theirs.
+  // order of the nodes' lowest ranks. `id`: a number that every rank of the group has for it, and that no other group
+  // of these ranks has.
   Group(std::uint64_t id, mpi::Communicator communicator, std::vector<int> world_ranks, std::vector<int> node_of_rank,
         LocalGroup local, std::shared_ptr<Counters> counters);
 
@@ -89,65 +91,68 @@ class Group {
   int rank() const { return communicator_.rank(); }
   int size() const { return communicator_.size(); }
   const std::vector<int>& world_ranks() const { return world_ranks_; }
-  int node() const { return node_of_rank_[static_cast<std::size_t>(rank())]; }
+  int node() const { return at(node_of_rank_, rank()); }
   int num_nodes() const { return static_cast<int>(ranks_of_node_.size()); }
   // Ranks of the group on node number `node`, ascending.
-  const std::vector<int>& ranks_of_node(int node) const { return ranks_of_node_[static_cast<std::size_t>(node)]; }
+  const std::vector<int>& ranks_of_node(int node) const { return at(ranks_of_node_, node); }
   LocalGroup& local() { return local_; }
   const mpi::Communicator& communicator() const { return communicator_; }
+  // The largest tag that a transfer may have.
+  int max_tag() const { return max_tag_; }
 
   // Number of the collective that runs now.
   std::uint64_t sequence() const { return num_finished_; }
 
-  // Transfers of the operation that runs now; counted unless the source is any.
+  // Start transfers of the operation that runs now. They are counted, except receives from any_source.
   mpi::Transfer send(std::span<const std::byte> bytes, int destination, int tag) const;
   mpi::Transfer receive(std::span<std::byte> bytes, int source, int tag) const;
   mpi::Transfer broadcast(std::span<std::byte> bytes, int root) const;
   mpi::Transfer gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const;
 
-  // Memory for the operation that runs now, of at least `num_bytes` and any content. It is kept for the next one, since
-  // fresh memory costs more than what is done in it.
+  // Memory for the operation that runs now: at least `num_bytes`, with any content. It is kept for the next operation,
+  // since fresh memory costs more than the work in it.
   std::span<std::byte> staging(std::size_t num_bytes);
 
   // The number of this rank's next long message.
   std::uint64_t number_long_message() { return num_long_messages_++; }
 
-  // Says of the collective that runs now whether its result has an infinite or NaN element.
+  // Stores whether the result of the collective that runs now has an infinite or NaN element.
   void report_nonfinite(bool found) { queue_.front()->found_nonfinite_ = found; }
 
-  // Queues a collective, or starts a message: these may overtake each other and the collectives.
+  // Queues a collective, or starts a message: messages may overtake each other and the collectives.
   void submit(std::shared_ptr<Operation> operation);
 
-  // The buffer of the operation that runs now on every rank of this node, if on all ranks of the group it lies in the
-  // same memory that they allocated together; else empty. Of each the first `num_bytes` will be used.
+  // Returns the buffer of the operation that runs now on every rank of this node if, on all ranks of the group, the
+  // buffer lies in the same memory that they allocated together; else nothing. The operation will use the first
+  // `num_bytes` of each.
   std::vector<std::byte*> shared_buffers(std::size_t num_bytes) const;
 
-  // Whether all ranks' all_to_all that runs now has parts of one length.
+  // Whether the all_to_all that runs now has parts of one length on all ranks.
   bool has_even_parts() const;
 
-  // Does what can be done without waiting; returns whether that was anything.
+  // Advances what can advance without waiting; returns whether anything did.
   bool progress();
-  bool is_idle() const { return queue_.empty(); }  // but for messages
+  bool is_idle() const { return queue_.empty(); }  // messages may be under way
   std::shared_ptr<Operation> last_queued() const { return queue_.back(); }
-  // Whether progress() must be called again and again, since MPI has no way to wake a sleeper.
+  // Whether progress() must be called repeatedly, since MPI has no way to wake a sleeper.
   bool needs_polling() const { return !messages_.empty() || (num_nodes() > 1 && !queue_.empty()); }
 
-  // What `operation` waits for, in words: which ranks have not come, and where they were last seen.
+  // Describes what `operation` waits for: which ranks have not arrived, and where they were last seen.
   std::string describe_wait(const Operation& operation) const;
-  // Where this rank was last seen, and what other nodes' ranks have said of themselves.
+  // Where this rank was last seen, and what ranks on other nodes have reported about themselves.
   LastSeen last_seen() const { return local_.last_seen(local_.rank()); }
   void set_last_seen(int member, const LastSeen& seen) {
-    if (!others_.empty()) others_[static_cast<std::size_t>(member)] = seen;  // else nobody has asked
+    if (!others_.empty()) at(others_, member) = seen;  // else nobody asked
   }
   void forget_others() { others_.assign(static_cast<std::size_t>(size()), std::nullopt); }
   bool knows_all() const;
-  // A member on another node takes part in nothing after its first `num_completed` collectives.
+  // Stores that a member on another node left after its first `num_completed` collectives.
   void note_left(int member, std::uint64_t num_completed) { left_elsewhere_[member] = num_completed; }
 
-  // Whether an operation failed on its way of which MPI may still move bytes.
+  // Whether an operation failed while it was under way, so that MPI may still move its bytes.
   bool has_abandoned() const { return !abandoned_.empty(); }
 
-  // Every operation, now and later, fails with `error`.
+  // Fails every operation, now and later, with `error`.
   void fail(std::exception_ptr error);
 
  private:
@@ -164,13 +169,14 @@ class Group {
 
   std::uint64_t id_;
   mpi::Communicator communicator_;
+  const int max_tag_;
   std::vector<int> world_ranks_;
   std::vector<int> node_of_rank_;
   std::vector<std::vector<int>> ranks_of_node_;
   LocalGroup local_;
   std::deque<std::shared_ptr<Operation>> queue_;
   std::vector<std::shared_ptr<Operation>> messages_;
-  // With several nodes: what every rank calls at the head of the queue, and the transfer that tells.
+  // Only with several nodes: the call of every rank at the head of the queue, and the transfer that gathers them.
   std::vector<Call> calls_;
   std::optional<mpi::Transfer> calls_transfer_;
   std::shared_ptr<Counters> counters_;

@@ -8,12 +8,13 @@
 #include <stdexcept>
 #include <utility>
 
+#include "at.hpp"
 #include "memory/futex.hpp"
 
 namespace dtrain {
 namespace {
 
-// One clock for all processes of a machine.
+// Reads the clock that all processes of a machine share.
 std::int64_t now_ns() {
   using namespace std::chrono;
   return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
@@ -52,8 +53,9 @@ std::string Call::description() const {
   return "?";
 }
 
-// The sleeper counts itself, looks once more whether it may go on, and only then sleeps; the ringer changes what the
-// sleeper waits for and then looks at the count. Both orders are sequentially consistent, so one sees the other.
+// The sleeper counts itself, checks once more whether it may continue, and only then sleeps; the ringer changes the
+// value that the sleeper waits for and then looks at the count. Both orders are sequentially consistent, so one of the
+// two sees the other.
 void Doorbell::ring() {
   std::atomic_thread_fence(std::memory_order_seq_cst);
   if (num_sleepers.load(std::memory_order_relaxed) == 0) return;
@@ -64,17 +66,17 @@ void Doorbell::ring() {
 std::size_t LocalGroup::block_bytes() { return sizeof(Header) + 2 * scratch_bytes; }
 
 LocalGroup::LocalGroup(int local_rank, std::shared_ptr<const Allocation> blocks, std::vector<Doorbell*> doorbells,
-                       Domains domains)
+                       NumaDomains domains)
     : local_rank_(local_rank),
       blocks_(std::move(blocks)),
       doorbells_(std::move(doorbells)),
-      domains_(std::move(domains)) {
+      numa_domains_(std::move(domains)) {
   for (const Mapping& block : *blocks_) headers_.push_back(reinterpret_cast<Header*>(block.bytes().data()));
 }
 
 void LocalGroup::ring_others() {
   for (int member = 0; member < size(); ++member) {
-    if (member != local_rank_) doorbells_[static_cast<std::size_t>(member)]->ring();
+    if (member != local_rank_) at(doorbells_, member)->ring();
   }
 }
 
@@ -82,7 +84,7 @@ bool LocalGroup::post(std::uint64_t sequence, const Call& call) {
   for (const Header* header : headers_) {
     if (sequence >= header->num_completed.load(std::memory_order_acquire) + ring_length) return false;
   }
-  Header& own = *headers_[static_cast<std::size_t>(local_rank_)];
+  Header& own = *at(headers_, local_rank_);
   own.calls[sequence % ring_length] = call;
   own.posted_at_ns.store(now_ns(), std::memory_order_relaxed);
   own.num_posted.store(sequence + 1, std::memory_order_release);
@@ -97,41 +99,40 @@ bool LocalGroup::all_posted(std::uint64_t sequence) const {
 }
 
 const Call& LocalGroup::call_of(int member, std::uint64_t sequence) const {
-  return headers_[static_cast<std::size_t>(member)]->calls[sequence % ring_length];
+  return at(headers_, member)->calls[sequence % ring_length];
 }
 
 void LocalGroup::complete(std::uint64_t sequence) {
-  headers_[static_cast<std::size_t>(local_rank_)]->num_completed.store(sequence + 1, std::memory_order_release);
+  at(headers_, local_rank_)->num_completed.store(sequence + 1, std::memory_order_release);
 }
 
 void LocalGroup::leave(const std::string& reason) {
-  Header& own = *headers_[static_cast<std::size_t>(local_rank_)];
+  Header& own = *at(headers_, local_rank_);
   if (own.has_left.load(std::memory_order_relaxed) == 0) reason.copy(own.reason.data(), own.reason.size() - 1);
   own.has_left.store(1, std::memory_order_release);
   ring_others();
 }
 
 std::string LocalGroup::reason_of(int member) const {
-  const auto& reason = headers_[static_cast<std::size_t>(member)]->reason;
+  const auto& reason = at(headers_, member)->reason;
   return {reason.data(), strnlen(reason.data(), reason.size())};
 }
 
 LastSeen LocalGroup::last_seen(int member) const {
-  const Header& header = *headers_[static_cast<std::size_t>(member)];
+  const Header& header = *at(headers_, member);
   const std::uint64_t num_calls = header.num_posted.load(std::memory_order_acquire);
   if (num_calls == 0) return {};
   const auto posted_at_ns = static_cast<double>(header.posted_at_ns.load(std::memory_order_relaxed));
-  return {num_calls, header.calls[(num_calls - 1) % ring_length], (static_cast<double>(now_ns()) - posted_at_ns) * 1e-9};
+  return {num_calls, header.calls[(num_calls - 1) % ring_length],
+          (static_cast<double>(now_ns()) - posted_at_ns) * 1e-9};
 }
 
-bool LocalGroup::has_left() const {
-  return headers_[static_cast<std::size_t>(local_rank_)]->has_left.load(std::memory_order_acquire) != 0;
-}
+bool LocalGroup::has_left() const { return at(headers_, local_rank_)->has_left.load(std::memory_order_acquire) != 0; }
 
 int LocalGroup::first_left(std::uint64_t sequence) const {
   int first = -1;
   for (int member = 0; member < size(); ++member) {
-    const Header& header = *headers_[static_cast<std::size_t>(member)];
+    const Header& header = *at(headers_, member);
     if (header.has_left.load(std::memory_order_acquire) == 0 ||
         header.num_completed.load(std::memory_order_acquire) > sequence) {
       continue;
@@ -143,7 +144,7 @@ int LocalGroup::first_left(std::uint64_t sequence) const {
 }
 
 std::uint64_t LocalGroup::arrive(bool flag) {
-  Header& own = *headers_[static_cast<std::size_t>(local_rank_)];
+  Header& own = *at(headers_, local_rank_);
   const std::uint64_t target = own.num_arrived.load(std::memory_order_relaxed) + 1;
   own.flags[target % 2] = flag;
   own.num_arrived.store(target, std::memory_order_release);
@@ -158,7 +159,7 @@ bool LocalGroup::all_arrived(std::uint64_t target) const {
 }
 
 bool LocalGroup::any_flag() const {
-  const std::uint64_t last = headers_[static_cast<std::size_t>(local_rank_)]->num_arrived.load(std::memory_order_relaxed);
+  const std::uint64_t last = at(headers_, local_rank_)->num_arrived.load(std::memory_order_relaxed);
   return std::ranges::any_of(headers_, [last](const Header* header) { return header->flags[last % 2] != 0; });
 }
 
@@ -181,13 +182,13 @@ void LocalGroup::add(std::shared_ptr<const Allocation> allocation) {
 
 void LocalGroup::remove(std::span<const std::byte> own_block) {
   std::erase_if(allocations_, [&](const Numbered& entry) {
-    return (*entry.blocks)[static_cast<std::size_t>(local_rank_)].bytes().data() == own_block.data();
+    return at(*entry.blocks, local_rank_).bytes().data() == own_block.data();
   });
 }
 
 void LocalGroup::locate(std::span<const std::byte> buffer, Call& call) const {
   for (const Numbered& entry : allocations_) {
-    const auto block = (*entry.blocks)[static_cast<std::size_t>(local_rank_)].bytes();
+    const auto block = at(*entry.blocks, local_rank_).bytes();
     if (buffer.data() >= block.data() && buffer.data() + buffer.size() <= block.data() + block.size()) {
       call.allocation = entry.number;
       call.offset_bytes = static_cast<std::uint64_t>(buffer.data() - block.data());
@@ -204,7 +205,7 @@ std::vector<std::byte*> LocalGroup::shared_buffers(std::uint64_t sequence, std::
   for (int member = 0; member < size(); ++member) {
     const Call& call = call_of(member, sequence);
     if (number == 0 || call.allocation != number) return {};
-    const auto block = (*entry->blocks)[static_cast<std::size_t>(member)].bytes();
+    const auto block = at(*entry->blocks, member).bytes();
     const std::uint64_t offset = call.offset_bytes;
     if (offset > block.size() || num_bytes > block.size() - offset) {
       throw std::runtime_error("member " + std::to_string(member) + " on this node says that its buffer of " +

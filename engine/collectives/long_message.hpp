@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a user's message that is longer than message_bytes begins.
+// How a user's message begins that is longer than message_bytes.
 #pragma once
 
 #include <array>
@@ -11,19 +11,21 @@
 
 namespace dtrain {
 
-// Collectives cut what crosses into messages of at most this length. MPIs send messages up to 64 KiB at once; for
-// longer ones they ask first whether the receiver is ready, and over TCP the answer waits behind all that the receiver
-// is sending.
+// Collectives cut the bytes that cross between nodes into messages of at most this length. MPIs send messages of up to
+// 64 KiB at once. For longer ones they first ask whether the receiver is ready, and over TCP the answer waits behind
+// everything that the receiver is sending.
 inline constexpr std::size_t message_bytes = std::size_t{60} << 10;
 
-// MPI's tags: those of collectives, then those of long messages' pieces, which messages take in turn, then users'.
+// MPI's tags are, in this order: those of collectives; those of the pieces of long messages, which messages use in
+// turn; those of users.
 inline constexpr int first_piece_tag = 1 << 16;
 inline constexpr int num_piece_tags = 1 << 15;
 inline constexpr int first_user_tag = first_piece_tag + num_piece_tags;
 
-// So that the receiver may cut the message as the sender does. The pieces have a tag of their own: others of the user's
-// tag may be under way at once, before and after it. Between nodes the first bytes come with it: while they travel the
-// receiver says where the next ones belong, else MPI would copy them.
+// Header of a long message. It lets the receiver cut the message as the sender does. The pieces have a tag of their
+// own, since other messages of the user's tag may be under way at once, before and after it. Between nodes the first
+// bytes travel with the header: meanwhile the receiver tells MPI where the next bytes belong, so that MPI need not copy
+// them.
 struct LongHeader {
   std::array<std::uint64_t, 2> mark;
   std::uint64_t num_bytes;
@@ -31,12 +33,13 @@ struct LongHeader {
 };
 inline constexpr std::array<std::uint64_t, 2> long_mark{0x6d8f3b1c92e45a07U, 0xb15c0e7a43d9f286U};
 
-// Bytes that come with the header where the pieces have `step` bytes.
+// Number of bytes that come with the header of a message whose pieces have `step` bytes.
 constexpr std::size_t bytes_with_header(std::size_t step) {
   return step == message_bytes ? message_bytes - sizeof(LongHeader) : 0;
 }
 
-// The header of a message that begins with `first`, of pieces of `step` bytes; none if these bytes are all of it.
+// Returns the header of a message that begins with `first` and is cut into pieces of `step` bytes; none if `first` is
+// the whole message.
 inline std::optional<LongHeader> parse_long_header(std::span<const std::byte> first, std::size_t step) {
   LongHeader header{};
   if (first.size() != sizeof(header) + bytes_with_header(step)) return std::nullopt;

@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
+#include "collectives/arguments.hpp"
 #include "collectives/errors.hpp"
 #include "collectives/parts.hpp"
 #include "mpi/library.hpp"
@@ -27,15 +29,20 @@ void send_pieces(const Group& group, std::span<const std::byte> bytes, int desti
 
 namespace {
 
-// In a node MPI copies large messages at once; between nodes it moves short ones better.
+// Within a node MPI copies large messages at once; between nodes it moves short ones better.
 std::size_t piece_bytes(const Group& group, int peer) {
   const std::vector<int>& neighbours = group.ranks_of_node(group.node());
   return std::ranges::binary_search(neighbours, peer) ? mpi::max_transfer_bytes : message_bytes;
 }
 
-}  // namespace
+void check_tag(const char* call, int tag, const Group& group) {
+  const int largest = group.max_tag() - first_user_tag;
+  if (tag >= 0 && tag <= largest) return;
+  throw std::invalid_argument(std::string(call) + ": the tag is " + std::to_string(tag) + ", this MPI takes 0 to " +
+                              std::to_string(largest));
+}
 
-Task send(Group& group, std::span<const std::byte> bytes, int destination, int tag) {
+Task run_send(Group& group, std::span<const std::byte> bytes, int destination, int tag) {
   std::vector<std::byte> first;  // lives until it is sent
   std::vector<mpi::Transfer> transfers;
   if (bytes.size() <= message_bytes) {
@@ -57,7 +64,7 @@ Task send(Group& group, std::span<const std::byte> bytes, int destination, int t
   co_await sent;
 }
 
-Task receive(Group& group, std::span<std::byte> bytes, int source, int tag, Operation& operation) {
+Task run_receive(Group& group, std::span<std::byte> bytes, int source, int tag, Operation& operation) {
   const auto refuse = [&](const std::string& what) {
     throw Mismatch("rank " + std::to_string(group.rank()) + " receives " + std::to_string(bytes.size()) +
                    " bytes with tag " + std::to_string(tag) + ", but " + what + ". Make both tensors the same size");
@@ -91,6 +98,32 @@ Task receive(Group& group, std::span<std::byte> bytes, int source, int tag, Oper
     co_await all_arrived;
   }
   operation.set_source(from);
+}
+
+}  // namespace
+
+PreparedCall send(Group& group, std::span<const std::byte> bytes, int destination, int tag, DataType dtype) {
+  check_rank("send", "destination", destination, group);
+  check_tag("send", tag, group);
+  return {.group = group,
+          .call = {.collective = Collective::send,
+                   .dtype = dtype,
+                   .root = destination,
+                   .count = bytes.size() / element_bytes(dtype)},
+          .start = [&group, bytes, destination, tag](Operation&) { return run_send(group, bytes, destination, tag); }};
+}
+
+PreparedCall receive(Group& group, std::span<std::byte> bytes, int source, int tag, DataType dtype) {
+  if (source != mpi::any_source) check_rank("receive", "source", source, group);
+  check_tag("receive", tag, group);
+  return {.group = group,
+          .call = {.collective = Collective::receive,
+                   .dtype = dtype,
+                   .root = source,
+                   .count = bytes.size() / element_bytes(dtype)},
+          .start = [&group, bytes, source, tag](Operation& operation) {
+            return run_receive(group, bytes, source, tag, operation);
+          }};
 }
 
 }  // namespace dtrain

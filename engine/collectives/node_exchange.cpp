@@ -10,13 +10,13 @@
 namespace dtrain {
 namespace {
 
-// What node number `node` reduces of a slice.
+// Returns the part of a slice that node number `node` reduces.
 std::span<std::byte> route_piece(const Group& group, std::span<std::byte> slice, int node, NodeExchange::Route route) {
   if (route == NodeExchange::Route::one_hop) return slice;
   return part_of(slice, static_cast<std::size_t>(node), static_cast<std::size_t>(group.num_nodes()));
 }
 
-// Exchanges side by side must not take each other's messages, so the two steps have tags of their own.
+// Exchanges under way at once must not take each other's messages, so the two steps have tags of their own.
 int scatter_tag(std::size_t slice) { return static_cast<int>(2 * slice); }
 int gather_tag(std::size_t slice) { return static_cast<int>(2 * slice + 1); }
 
@@ -33,8 +33,8 @@ int carrier(const Group& group, std::size_t slice, int node) {
   return ranks[slice % ranks.size()];
 }
 
-// N nodes, slices of S bytes: one hop costs (N-1) S bytes and one latency, two hops 2 (N-1)/N S bytes and two. So one
-// hop is better while the bytes it sends more, (N-1)(N-2)/N S, take less time than a latency.
+// With N nodes and slices of S bytes, one hop costs (N-1) S bytes and one latency; two hops cost 2 (N-1)/N S bytes and
+// two latencies. So one hop is better while its additional bytes, (N-1)(N-2)/N S, take less time than a latency.
 NodeExchange::Route NodeExchange::choose_route(const Group& group, std::size_t num_bytes) {
   constexpr std::size_t bytes_per_latency = 16 << 10;  // 100 us at 1.3 Gbit/s
   const auto nodes = static_cast<std::size_t>(group.num_nodes());

@@ -9,8 +9,9 @@
 
 namespace dtrain {
 
-// Part number `index` of `bytes` cut into `num_parts` at multiples of a cache line, so that no element is cut and no
-// two writers share a line. Parts differ by at most a line; some are empty where there is less.
+// Returns part number `index` of `bytes`, cut into `num_parts` at multiples of a cache line, so that no element is cut
+// and no two writers share a line. Parts differ by at most a line; some are empty where `bytes` has fewer lines than
+// parts.
 template <class Byte>
 std::span<Byte> part_of(std::span<Byte> bytes, std::size_t index, std::size_t num_parts) {
   constexpr std::size_t line_bytes = 64;
@@ -19,7 +20,7 @@ std::span<Byte> part_of(std::span<Byte> bytes, std::size_t index, std::size_t nu
   return bytes.subspan(boundary(index), boundary(index + 1) - boundary(index));
 }
 
-// `bytes` cut into `num_parts` parts of the same length.
+// Cuts `bytes` into `num_parts` parts of the same length.
 template <class Byte>
 std::vector<std::span<Byte>> even_parts(std::span<Byte> bytes, std::size_t num_parts) {
   std::vector<std::span<Byte>> parts;
@@ -28,19 +29,19 @@ std::vector<std::span<Byte>> even_parts(std::span<Byte> bytes, std::size_t num_p
   return parts;
 }
 
-// The bytes from `start` on, at most `length` of them; none where there are fewer than `start`.
+// Returns the bytes from `start` on, at most `length` of them; none if `bytes` ends before.
 template <class Byte>
 std::span<Byte> window(std::span<Byte> bytes, std::size_t start, std::size_t length) {
   const std::size_t begin = std::min(start, bytes.size());
   return bytes.subspan(begin, std::min(length, bytes.size() - begin));
 }
 
-// std::memcpy takes no null pointer, which a span of nothing may have.
+// Copies `from` to `to`. std::memcpy takes no null pointer, and an empty span may have one.
 inline void copy(std::span<const std::byte> from, std::byte* to) {
   if (!from.empty()) std::memcpy(to, from.data(), from.size());
 }
 
-// Where `slice`, a part of the work at own_place, lies at every local rank.
+// Returns where `slice`, a part of the work at own_place, lies at every local rank.
 inline std::vector<std::byte*> slice_places(const std::vector<std::byte*>& places, std::span<const std::byte> slice,
                                             const std::byte* own_place) {
   std::vector<std::byte*> of_slice;

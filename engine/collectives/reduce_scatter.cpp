@@ -2,14 +2,17 @@
 #include "collectives/reduce_scatter.hpp"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
+#include "collectives/arguments.hpp"
 #include "collectives/parts.hpp"
 
 namespace dtrain {
+namespace {
 
-Task reduce_scatter(Group& group, std::vector<std::span<const std::byte>> inputs, std::span<std::byte> output,
-                    Reduction reduction) {
+Task run_reduce_scatter(Group& group, std::vector<std::span<const std::byte>> inputs, std::span<std::byte> output,
+                        Reduction reduction) {
   const auto size = static_cast<std::size_t>(group.size());
   const auto own_rank = static_cast<std::size_t>(group.rank());
   const bool one_node = group.num_nodes() == 1;
@@ -48,6 +51,24 @@ Task reduce_scatter(Group& group, std::vector<std::span<const std::byte>> inputs
     std::byte* const result = window(output, start, step).data();
     reduce(sources, {&result, 1}, num_bytes / element_bytes(reduction.dtype), reduction);
   }
+}
+
+}  // namespace
+
+PreparedCall reduce_scatter(Group& group, std::vector<std::span<const std::byte>> inputs, std::span<std::byte> output,
+                            const Reduction& reduction) {
+  check_reduction("reduce_scatter", reduction);
+  check_parts("reduce_scatter", "inputs", inputs, output, group);
+  Call call{.collective = Collective::reduce_scatter,
+            .dtype = reduction.dtype,
+            .op = reduction.op,
+            .wire_dtype = reduction.dtype};
+  describe_parts(inputs, call);
+  return {.group = group,
+          .call = call,
+          .start = [&group, inputs = std::move(inputs), output,
+                    reduction](Operation&) { return run_reduce_scatter(group, inputs, output, reduction); },
+          .buffer = output};
 }
 
 }  // namespace dtrain

@@ -5,15 +5,15 @@
 #include <span>
 #include <vector>
 
-#include "collectives/group.hpp"
+#include "collectives/prepared_call.hpp"
 
 namespace dtrain {
 
-// Leaves in `output` of rank r the reduction of everybody's inputs[r], in rank order. Collective; all ranks have inputs
-// of the same lengths, which are those of the outputs. `output` may be inputs[rank()].
-// On one node each rank lays a piece of every block into its scratch memory and reads its own block there; over
-// several the pieces go straight to the rank that wants them.
-Task reduce_scatter(Group& group, std::vector<std::span<const std::byte>> inputs, std::span<std::byte> output,
-                    Reduction reduction);
+// Fills the `output` of rank r with the reduction of all ranks' inputs[r], in rank order. Collective. On every rank,
+// inputs[r] is as long as rank r's output. `output` may be inputs[rank()]. On one node each rank copies a piece of
+// every block into its scratch memory, and reads its own block in all ranks' scratch memory; over several nodes the
+// pieces go directly to the rank whose output they are.
+PreparedCall reduce_scatter(Group& group, std::vector<std::span<const std::byte>> inputs, std::span<std::byte> output,
+                            const Reduction& reduction);
 
 }  // namespace dtrain

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A collective is written as a coroutine that waits for conditions; the engine resumes it when its condition holds.
-// So one thread can drive the collectives of many groups, and an algorithm still reads from top to bottom.
+// A collective is a coroutine that waits for conditions; the engine resumes it when its condition holds. So one thread
+// can drive the collectives of many groups, and an algorithm still reads from top to bottom.
 #pragma once
 
 #include <coroutine>
@@ -39,8 +39,8 @@ class Task {
     return promise.ready == nullptr || promise.ready(promise.condition);
   }
 
-  // Runs until the next wait or the end, unless the condition waited for does not hold yet: then returns false.
-  // Throws what the coroutine throws.
+  // Runs until the next wait or the end; returns false at once if the condition waited for does not hold yet. Throws
+  // what the coroutine throws.
   bool advance() {
     if (!is_ready()) return false;
     handle_.resume();
@@ -55,8 +55,8 @@ class Task {
   std::coroutine_handle<promise_type> handle_;
 };
 
-// `co_await` on a named Until suspends until `condition()` is true. (Named, since GCC before 13 may destroy a temporary
-// in a co_await expression too early.)
+// Suspends until `condition()` is true, by `co_await` on a named Until. (It must be named: GCC before 13 may destroy a
+// temporary in a co_await expression too early.)
 template <class Condition>
 class Until {
  public:

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "at.hpp"
 #include "fuzz/targets.hpp"
 #include "runtime/control_message.hpp"
 
@@ -16,7 +17,8 @@ void take(std::span<const std::byte> bytes) {
   const auto size_of_group = [](std::uint64_t id) { return static_cast<int>(id == 1 ? group_size : 0); };
   const auto parsed = parse_control(bytes, num_ranks, size_of_group);
   if (!parsed) return;
-  const auto message = std::make_unique<ControlMessage>(*parsed);  // by itself, so that a read past its end is seen
+  const auto message = std::make_unique<ControlMessage>(
+      *parsed);  // in its own allocation, so that a read past its end is seen
   const auto member = static_cast<std::size_t>(message->member);
   const std::vector<Origin> origins(num_ranks);
   std::vector<std::optional<LastSeen>> seen_of_group(group_size);
@@ -30,7 +32,7 @@ void take(std::span<const std::byte> bytes) {
       said = seen_of_group[member]->call.description();
       break;
     case ControlMessage::Kind::seen:
-      heard[static_cast<std::size_t>(message->snapshot.rank)] = message->snapshot;
+      at(heard, message->snapshot.rank) = message->snapshot;
       said = describe_stall({message->snapshot}, origins, "") + describe_places({message->snapshot});
       break;
     default: said = message->reason.data(); break;

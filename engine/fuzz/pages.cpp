@@ -21,7 +21,7 @@ std::shared_ptr<const Allocation> allocate(std::size_t num_bytes) {
   return allocation;
 }
 
-// Overwrites `target` with the next bytes; the rest of it becomes zeros.
+// Overwrites `target` with the next bytes, and its rest with zeros; returns the bytes that are left.
 std::span<const std::byte> fill(std::span<std::byte> target, std::span<const std::byte> bytes) {
   const std::size_t num_bytes = std::min(target.size(), bytes.size());
   std::ranges::fill(target, std::byte{});
@@ -32,8 +32,8 @@ std::span<const std::byte> fill(std::span<std::byte> target, std::span<const std
 }  // namespace
 
 void pages(std::span<const std::byte> bytes) {
-  // What it calls in a group, the rest of its memory there, and its status page.
-  constexpr std::size_t header_bytes = 8192;  // at least
+  // The bytes are the other rank's call in a group, the rest of its memory there, and its status page.
+  constexpr std::size_t header_bytes = 8192;  // at least the length of a group's header
   const auto call_bytes = bytes.first(std::min(bytes.size(), sizeof(Call)));
   bytes = bytes.subspan(call_bytes.size());
   alignas(StatusPage) static std::array<std::byte, sizeof(StatusPage)> page;
@@ -72,7 +72,7 @@ void pages(std::span<const std::byte> bytes) {
       if (places[member] < block.data() || places[member] + num_bytes > block.data() + block.size()) std::abort();
     }
   } catch (const std::runtime_error&) {
-    // What it says is not in its memory.
+    // The rank's call names a place outside of its memory.
   }
 }
 

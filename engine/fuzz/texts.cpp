@@ -8,7 +8,7 @@
 
 #include "collectives/long_message.hpp"
 #include "fuzz/targets.hpp"
-#include "mpi/introduction.hpp"
+#include "mpi/version_exchange.hpp"
 #include "runtime/status.hpp"
 
 namespace dtrain::fuzz {
@@ -24,7 +24,7 @@ void texts(std::span<const std::byte> bytes) {
   num_killed_in(counts);
   mpi::texts_in(bytes);
 
-  // A receiver of as many bytes as the header says gets them: those that come with it, then the pieces.
+  // Receive as many bytes as the header says: the bytes that come with it, then the pieces.
   for (const std::size_t step : {message_bytes, std::size_t{1} << 30}) {
     std::vector<std::byte> first(bytes.begin(), bytes.end());
     parse_long_header(first, step);

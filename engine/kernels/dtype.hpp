@@ -6,14 +6,29 @@
 
 namespace dtrain {
 
-// Reductions take all but the last ones, which are only moved; `other` is any type of a byte an element that is not named.
+// Reductions take the types up to `boolean`; the others are only moved. `other` is any type that is not named, with one
+// byte for an element.
 enum class DataType : std::uint8_t {
-  float32, float64, bfloat16, float16, int8, int16, int32, int64, uint8, boolean,
-  uint16, uint32, uint64, complex64, complex128, other
+  float32,
+  float64,
+  bfloat16,
+  float16,
+  int8,
+  int16,
+  int32,
+  int64,
+  uint8,
+  boolean,
+  uint16,
+  uint32,
+  uint64,
+  complex64,
+  complex128,
+  other
 };
 
-// `average` is a sum, scaled at the end; only floating types have it, and only integers and booleans the bitwise ones.
-// On booleans sum, max and bit_or are "or", product, min and bit_and are "and".
+// `average` is a sum that is scaled at the end; only floating types support it. Only integers and booleans support the
+// bitwise operations. On booleans sum, max and bit_or are "or"; product, min and bit_and are "and".
 enum class ReduceOp : std::uint8_t { sum, average, product, min, max, bit_and, bit_or, bit_xor };
 
 constexpr std::size_t element_bytes(DataType dtype) {

@@ -3,8 +3,7 @@
 
 namespace dtrain {
 
-using Kernel = bool (*)(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t,
-                        const Reduction&);
+using Kernel = bool (*)(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 using Conversion = void (*)(std::span<const std::byte>, std::byte*, DataType);
 
 // reduce_kernels.cpp is compiled once for each of these namespaces, with the flags of its instruction set.
@@ -12,18 +11,18 @@ namespace baseline {
 bool reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 void narrow(std::span<const std::byte>, std::byte*, DataType);
 void widen(std::span<const std::byte>, std::byte*, DataType);
-}
+}  // namespace baseline
 #ifdef KERNELS_X86
 namespace avx2 {
 bool reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 void narrow(std::span<const std::byte>, std::byte*, DataType);
 void widen(std::span<const std::byte>, std::byte*, DataType);
-}
+}  // namespace avx2
 namespace avx512 {
 bool reduce(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 void narrow(std::span<const std::byte>, std::byte*, DataType);
 void widen(std::span<const std::byte>, std::byte*, DataType);
-}
+}  // namespace avx512
 #endif
 
 namespace {

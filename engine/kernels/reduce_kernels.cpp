@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plain loops over blocks that fit the first-level cache; the compiler vectorises them. Compiled once per instruction
-// set, in the namespace KERNEL_ISA; everything here has internal linkage but the one entry, or the linker would merge
-// code of different instruction sets.
+// set, in the namespace KERNEL_ISA. Everything here except reduce(), narrow() and widen() has internal linkage, or the
+// linker would merge code of different instruction sets.
 #include <algorithm>
 #include <bit>
 #include <cstdint>
@@ -27,7 +27,7 @@ struct Boolean {
 };
 
 template <class T>
-struct Stored {  // T in memory, T while reducing
+struct Stored {  // stored as T, reduced as T
   using Accumulator = T;
   static T load(T value) { return value; }
   static constexpr T store(T value) { return value; }
@@ -49,7 +49,7 @@ template <>
 struct Stored<Float16> {
   using Accumulator = float;
   static float load(Float16 value) {
-    // Half's fields moved to float's places are the value times 2^-112, subnormals included.
+    // A float16's fields, moved to the places of float32's, are the value times 2^-112, subnormals included.
     const std::uint32_t shifted = (std::uint32_t{value.bits} & 0x7fffU) << 13;
     const auto scaled = std::bit_cast<std::uint32_t>(std::bit_cast<float>(shifted) * 0x1p112F);
     const std::uint32_t magnitude = shifted >= 0x0f800000U ? shifted | 0x7f800000U : scaled;
@@ -59,9 +59,9 @@ struct Stored<Float16> {
     const auto bits = std::bit_cast<std::uint32_t>(value);
     const std::uint32_t magnitude = bits & 0x7fffffffU;
     const std::uint32_t sign = (bits >> 16) & 0x8000U;
-    // Adding 0.5 rounds a value below 2^-14 to a multiple of 2^-24, half's smallest subnormal.
-    const std::uint32_t subnormal =
-        std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5F) - std::bit_cast<std::uint32_t>(0.5F);
+    // Adding 0.5 rounds a value below 2^-14 to a multiple of 2^-24, float16's smallest subnormal.
+    const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5F) -
+                                    std::bit_cast<std::uint32_t>(0.5F);
     const std::uint32_t normal = (magnitude - (112U << 23) + 0xfffU + ((magnitude >> 13) & 1U)) >> 13;
     const std::uint32_t not_finite = magnitude > 0x7f800000U ? 0x7e00U : 0x7c00U;
     const std::uint32_t finite = magnitude < 0x38800000U ? subnormal : normal;
@@ -78,12 +78,14 @@ struct Stored<Boolean> {
 
 template <class T>
 T minimum(T a, T b) {
+  // NOLINTNEXTLINE(misc-redundant-expression): only a NaN differs from itself
   if constexpr (std::is_floating_point_v<T>) return a != a || a < b ? a : b;
   return a < b ? a : b;
 }
 
 template <class T>
 T maximum(T a, T b) {
+  // NOLINTNEXTLINE(misc-redundant-expression): only a NaN differs from itself
   if constexpr (std::is_floating_point_v<T>) return a != a || a > b ? a : b;
   return a > b ? a : b;
 }
@@ -102,7 +104,7 @@ T add(T a, T b) {
 template <class T>
 T multiply(T a, T b) {
   if constexpr (std::is_integral_v<T>) {
-    using Wide = std::uint64_t;  // no promotion to a signed int on the way
+    using Wide = std::uint64_t;  // avoids promotion to a signed int
     return static_cast<T>(static_cast<Wide>(a) * static_cast<Wide>(b));
   } else {
     return a * b;
@@ -118,8 +120,9 @@ constexpr auto bits_of(T value) {
   }
 }
 
-// Copies, and tells whether any value is infinite or NaN: its exponent is all ones, so that a one added to the lowest
-// bit carries into the sign's place. In a copy, which waits for memory, this takes no time.
+// Copies values, and returns whether any of them is infinite or NaN. The exponent of such a value is all ones, so that
+// adding a one to its lowest bit carries into the sign's place. In a copy, which waits for memory, the check takes no
+// additional time.
 template <class T>
 bool copy_and_check(const T* values, T* __restrict copy, std::size_t count) {
   using Bits = decltype(bits_of(T{}));
@@ -184,8 +187,8 @@ bool reduce_blocks(std::span<const std::byte* const> sources, std::span<std::byt
 }
 
 template <class T>
-bool reduce_type(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations,
-                 std::size_t count, const Reduction& reduction) {
+bool reduce_type(std::span<const std::byte* const> sources, std::span<std::byte* const> destinations, std::size_t count,
+                 const Reduction& reduction) {
   using A = typename Stored<T>::Accumulator;
   const auto run = [&](auto combine) { return reduce_blocks<T>(sources, destinations, count, reduction, combine); };
   const bool boolean = std::is_same_v<T, Boolean>;

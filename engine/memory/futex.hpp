@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sleeping on a 32-bit word, also one in memory shared between processes.
+// Sleeping on a 32-bit word, which may be in memory shared between processes.
 #pragma once
 
 #include <linux/futex.h>

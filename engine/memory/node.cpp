@@ -19,12 +19,14 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "at.hpp"
+
 namespace dtrain {
 
 using Nonce = std::array<std::uint8_t, 16>;
 
 struct Node::Identity {
-  std::array<char, 40> boot_id;  // of the running kernel: differs between machines and between boots
+  std::array<char, 40> boot_id;  // identifies the running kernel: differs between machines and between boots
   std::uint64_t network_namespace;
   Nonce nonce;
   pid_t pid;
@@ -42,7 +44,7 @@ std::vector<int> numbers_of(const cpu_set_t& set) {
   return cores;
 }
 
-// What an owner says of its descriptor, so that a peer can tell that it opened the right file.
+// An owner's description of its descriptor, from which a peer can tell whether it opened the right file.
 struct Announcement {
   int fd;
   dev_t device;
@@ -71,7 +73,8 @@ std::vector<T> gather(const AllGather& all_gather, const T& mine, std::size_t si
 sockaddr_un socket_name(const Nonce& nonce, socklen_t& length) {
   sockaddr_un name{};
   name.sun_family = AF_UNIX;
-  int used = std::snprintf(name.sun_path + 1, sizeof(name.sun_path) - 1, "dtrain-");  // a leading 0: abstract
+  int used = std::snprintf(name.sun_path + 1, sizeof(name.sun_path) - 1,
+                           "dtrain-");  // a leading 0 makes the name abstract
   for (const std::uint8_t byte : nonce) {
     used += std::snprintf(name.sun_path + 1 + used, sizeof(name.sun_path) - 1 - static_cast<std::size_t>(used), "%02x",
                           byte);
@@ -101,7 +104,8 @@ bool send_descriptor(int socket, const Nonce& receiver, int sender, const Descri
   return sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0;
 }
 
-// The sender's rank and its descriptor; -1 where nothing usable came. Only this user's processes are heard.
+// Receives a descriptor and returns the rank of its sender; -1 if nothing usable arrived. Messages of other users'
+// processes are ignored.
 int receive_descriptor(int socket, Descriptor& fd) {
   int sender = -1;
   iovec payload{.iov_base = &sender, .iov_len = sizeof(sender)};
@@ -114,7 +118,7 @@ int receive_descriptor(int socket, Descriptor& fd) {
   const ssize_t num_bytes = recvmsg(socket, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
   if (num_bytes < 0) return -1;
   bool same_user = false;
-  std::size_t num_descriptors = 0;  // all of them are this process's now, whoever has sent what
+  std::size_t num_descriptors = 0;  // this process owns all of them now, whoever sent them
   for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr; header = CMSG_NXTHDR(&message, header)) {
     if (header->cmsg_level != SOL_SOCKET) continue;
     if (header->cmsg_type == SCM_RIGHTS) {
@@ -132,8 +136,8 @@ int receive_descriptor(int socket, Descriptor& fd) {
   return same_user && num_descriptors == 1 && num_bytes == sizeof(sender) ? sender : -1;
 }
 
-// Greedy cliques: a rank joins the node of the lowest rank with which, and with all of whose members, it shares
-// memory both ways.
+// Finds nodes as greedy cliques: a rank joins the first node with all of whose members it shares memory in both
+// directions.
 std::vector<int> find_nodes(std::span<const std::uint8_t> reaches, std::size_t size, int max_ranks) {
   std::vector<std::vector<std::size_t>> nodes;
   std::vector<int> node_of_rank(size, -1);
@@ -167,8 +171,7 @@ int find_numa_node(const std::vector<int>& cores, const std::filesystem::path& n
   return -1;
 }
 
-Node::Node(int rank, int size, const AllGather& all_gather, int max_ranks, std::optional<int> numa_node)
-    : rank_(rank) {
+Node::Node(int rank, int size, const AllGather& all_gather, int max_ranks, std::optional<int> numa_node) : rank_(rank) {
   Identity own{};
   const Descriptor boot_id(::open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC));
   if (!boot_id || read(boot_id.get(), own.boot_id.data(), own.boot_id.size() - 1) <= 0) {
@@ -190,13 +193,13 @@ Node::Node(int rank, int size, const AllGather& all_gather, int max_ranks, std::
   const sockaddr_un name = socket_name(own.nonce, length);
   if (!socket_ || setsockopt(socket_.get(), SOL_SOCKET, SO_PASSCRED, &on, sizeof(on)) != 0 ||
       bind(socket_.get(), reinterpret_cast<const sockaddr*>(&name), length) != 0) {
-    socket_ = Descriptor();  // peers that need it time out and are then other nodes
+    socket_ = Descriptor();  // peers that need it time out, and are then on other nodes
   }
 
   const auto num_ranks = static_cast<std::size_t>(size);
   identities_ = gather(all_gather, own, num_ranks);
 
-  // Share one page holding the nonce with every candidate, and see which of theirs can be read.
+  // Share one page that holds the nonce with every candidate, and check which of the candidates' pages can be read.
   const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   const Descriptor page = create_memory(page_bytes);
   const Mapping own_page(page, page_bytes);
@@ -224,23 +227,18 @@ Node::Node(int rank, int size, const AllGather& all_gather, int max_ranks, std::
 
 Node::~Node() = default;
 
-std::vector<int> Node::cores_of(int rank) const {
-  return numbers_of(identities_[static_cast<std::size_t>(rank)].cores);
-}
+std::vector<int> Node::cores_of(int rank) const { return numbers_of(at(identities_, rank).cores); }
 
-int Node::numa_node_of(int rank) const { return identities_[static_cast<std::size_t>(rank)].numa_node; }
+int Node::numa_node_of(int rank) const { return at(identities_, rank).numa_node; }
 
 bool Node::is_candidate(int peer) const {
-  const auto own_index = static_cast<std::size_t>(rank_);
-  const auto peer_index = static_cast<std::size_t>(peer);
-  if (!node_of_rank_.empty()) return node_of_rank_[own_index] == node_of_rank_[peer_index];
-  const Identity& own = identities_[own_index];
-  const Identity& other = identities_[peer_index];
+  if (!node_of_rank_.empty()) return at(node_of_rank_, rank_) == at(node_of_rank_, peer);
+  const Identity& own = at(identities_, rank_);
+  const Identity& other = at(identities_, peer);
   return own.boot_id == other.boot_id && own.network_namespace == other.network_namespace;
 }
 
-std::vector<Mapping> Node::share(std::size_t num_bytes, std::span<const int> ranks,
-                                 const AllGather& all_gather) const {
+std::vector<Mapping> Node::share(std::size_t num_bytes, std::span<const int> ranks, const AllGather& all_gather) const {
   const Descriptor fd = create_memory(num_bytes);
   std::vector<Mapping> all = map_peers(fd, std::vector(ranks.size(), num_bytes), ranks, all_gather);
   std::vector<Mapping> of_node;
@@ -256,7 +254,7 @@ Mapping Node::share_one(std::size_t num_bytes, std::span<const int> ranks, const
   std::size_t first = 0;
   while (!is_candidate(ranks[first])) ++first;
   const auto page_bytes = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  std::vector<std::size_t> bytes_of(ranks.size(), page_bytes);  // the others need something to announce
+  std::vector<std::size_t> bytes_of(ranks.size(), page_bytes);  // the other ranks must announce something
   bytes_of[first] = num_bytes;
   const Descriptor fd = create_memory(ranks[first] == rank_ ? num_bytes : page_bytes);
   std::vector<Mapping> all = map_peers(fd, bytes_of, ranks, all_gather);
@@ -280,7 +278,7 @@ std::vector<Mapping> Node::map_peers(const Descriptor& fd, std::span<const std::
     if (ranks[i] == rank_) {
       mappings[i] = Mapping(fd, num_bytes[i]);
     } else if (is_candidate(ranks[i])) {
-      const auto opened = open_descriptor_of(identities_[static_cast<std::size_t>(ranks[i])].pid, announced[i].fd);
+      const auto opened = open_descriptor_of(at(identities_, ranks[i]).pid, announced[i].fd);
       if (opened && Announcement::of(*opened).same_file(announced[i])) {
         mappings[i] = Mapping(*opened, num_bytes[i]);
       } else {
@@ -288,7 +286,7 @@ std::vector<Mapping> Node::map_peers(const Descriptor& fd, std::span<const std::
       }
     }
   }
-  // All have opened what they can once this gather is over, so the descriptor may then be closed.
+  // Once this gather is over, all ranks have opened the descriptors that they can, so each may close its own.
   std::vector<std::uint8_t> all_missing(size * size);
   all_gather(std::as_bytes(std::span(missing)), std::as_writable_bytes(std::span(all_missing)));
   std::vector<int> receivers;
@@ -300,16 +298,17 @@ std::vector<Mapping> Node::map_peers(const Descriptor& fd, std::span<const std::
     if (missing[i] != 0) senders.push_back(ranks[i]);
   }
   exchange_descriptors(fd, receivers, senders, [&](int sender, const Descriptor& received) {
-    const auto place = static_cast<std::size_t>(std::ranges::find(ranks, sender) - ranks.begin());
-    if (!Announcement::of(received).same_file(announced[place])) return false;  // late, of an earlier exchange
-    mappings[place] = Mapping(received, num_bytes[place]);
+    const auto place = std::ranges::find(ranks, sender) - ranks.begin();
+    if (!Announcement::of(received).same_file(at(announced, place)))
+      return false;  // it arrived late, from an earlier exchange
+    at(mappings, place) = Mapping(received, at(num_bytes, place));
     return true;
   });
   return mappings;
 }
 
-// Datagrams hold few descriptors at a time, so sending and receiving alternate until both are through. A peer that
-// stays silent for `patience` is not reachable.
+// Sends `fd` to receivers and receives from senders. A socket queues few datagrams at a time, so sending and receiving
+// alternate until both are complete. A peer that stays silent for `patience` is not reachable.
 void Node::exchange_descriptors(const Descriptor& fd, std::span<const int> receivers, std::span<const int> senders,
                                 const std::function<bool(int sender, const Descriptor&)>& received) const {
   constexpr std::chrono::seconds patience(2);
@@ -319,12 +318,12 @@ void Node::exchange_descriptors(const Descriptor& fd, std::span<const int> recei
   while (socket_ && (num_sent < receivers.size() || num_received < senders.size()) &&
          std::chrono::steady_clock::now() < deadline) {
     if (num_sent < receivers.size()) {
-      const Nonce& nonce = identities_[static_cast<std::size_t>(receivers[num_sent])].nonce;
+      const Nonce& nonce = at(identities_, receivers[num_sent]).nonce;
       if (send_descriptor(socket_.get(), nonce, rank_, fd)) {
         ++num_sent;
         continue;
       }
-      if (errno != EAGAIN) ++num_sent;  // no such socket: that rank will be on another node
+      if (errno != EAGAIN) ++num_sent;  // the socket does not exist: that rank will be on another node
     }
     Descriptor incoming;
     const int sender = receive_descriptor(socket_.get(), incoming);

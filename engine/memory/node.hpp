@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which ranks share this machine's memory, and the sharing itself.
+// Finds the ranks that share this machine's memory, and shares memory between them.
 //
-// Nothing is believed from the launcher: ranks of one boot and one network namespace are candidates, and those that
-// really map each other's memory form a node. A rank reaches a peer's memfd through /proc/<pid>/fd, or, where the two
-// live in different process or user namespaces, is handed the descriptor over an abstract socket; where neither works
-// the two are on different nodes and talk MPI.
+// The launcher is not trusted in this: ranks with the same boot ID and network namespace are candidates, and those that
+// really map each other's memory form a node. A rank reaches a peer's memfd through /proc/<pid>/fd. If the two live in
+// different process or user namespaces, the peer sends the descriptor over an abstract socket. If neither works, the
+// two are on different nodes and communicate by MPI.
 #pragma once
 
 #include <cstddef>
@@ -23,14 +23,16 @@ namespace dtrain {
 // Gathers the same number of bytes from every rank, in rank order. Collective, blocks.
 using AllGather = std::function<void(std::span<const std::byte> mine, std::span<std::byte> all)>;
 
-// The NUMA node that has all of `cores`, or -1. `nodes` has a folder for each, with an entry for each of its cores.
+// Returns the NUMA node that has all of `cores`, or -1. `nodes` has a folder for each NUMA node, with an entry for each
+// of its cores.
 int find_numa_node(const std::vector<int>& cores, const std::filesystem::path& nodes = "/sys/devices/system/node");
 
 // Shares memory between the ranks of one node. Lives as long as the engine.
 class Node {
  public:
-  // Collective over all ranks of `all_gather`. `max_ranks` > 0 makes nodes of at most that many consecutive ranks,
-  // so that one machine can stand for several in a test, and `numa_node` is what numa_node_of() then says of this rank.
+  // Collective over all ranks of `all_gather`. `max_ranks` > 0 makes nodes of at most that many consecutive ranks, so
+  // that one machine can stand for several in a test. `numa_node`, if given, is what numa_node_of() returns for this
+  // rank.
   Node(int rank, int size, const AllGather& all_gather, int max_ranks, std::optional<int> numa_node = std::nullopt);
   ~Node();
   Node(const Node&) = delete;
@@ -39,20 +41,21 @@ class Node {
   // Node number of each rank; nodes are numbered by their lowest rank.
   const std::vector<int>& node_of_rank() const { return node_of_rank_; }
 
-  // Processors that the ranks of this rank's node may use together.
+  // Number of processors that the ranks of this rank's node may use together.
   int num_cores() const { return num_cores_; }
 
   // Processors that `rank`, on any node, may use.
   std::vector<int> cores_of(int rank) const;
 
-  // The NUMA node of its machine that has all of them, or -1.
+  // The NUMA node that has all processors that `rank` may use, on its machine; or -1.
   int numa_node_of(int rank) const;
 
-  // Collective over the ranks in `ranks` (numbered as in the constructor), which may be on several nodes: each
-  // allocates `num_bytes`, and gets the memory of those on its own node, in the order of `ranks`.
+  // Collective over the ranks in `ranks` (numbered as in the constructor), which may be on several nodes. Each rank
+  // allocates `num_bytes`, and gets the memory of the ranks on its own node, in the order of `ranks`.
   std::vector<Mapping> share(std::size_t num_bytes, std::span<const int> ranks, const AllGather& all_gather) const;
 
-  // Collective over `ranks`, likewise: the first of them on each node allocates `num_bytes`, which all on it map.
+  // Collective over `ranks`, as for share(). The first of them on each node allocates `num_bytes`, and all ranks on
+  // that node map it.
   Mapping share_one(std::size_t num_bytes, std::span<const int> ranks, const AllGather& all_gather) const;
 
  private:

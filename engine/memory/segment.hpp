@@ -9,7 +9,7 @@
 
 namespace dtrain {
 
-// A file descriptor, closed when it goes.
+// A file descriptor, closed by the destructor.
 class Descriptor {
  public:
   explicit Descriptor(int fd = -1) : fd_(fd) {}
@@ -24,9 +24,9 @@ class Descriptor {
   int fd_;
 };
 
-// A mapping of memory that several processes share. The memory is a memfd: it has no name in any file system, so
-// nothing is left of it when its processes are gone, and /dev/shm's size does not limit it. Children that fork do not
-// inherit the mapping.
+// A mapping of memory that several processes share. The memory is a memfd: it has no name in any file system, so it is
+// freed when its processes are gone, and the size of /dev/shm does not limit it. Forked children do not inherit the
+// mapping.
 class Mapping {
  public:
   Mapping() = default;
@@ -38,7 +38,7 @@ class Mapping {
 
   std::span<std::byte> bytes() const { return bytes_; }
 
-  // Lets children that fork from now on have the mapping as well.
+  // Lets children that are forked from now on inherit the mapping.
   void inherit();
 
  private:
@@ -46,12 +46,12 @@ class Mapping {
   pid_t owner_ = 0;  // a forked child has this object, but not the mapping
 };
 
-// A memfd of `num_bytes` zeros, all of them allocated now (writing to a file that the system can't back is a SIGBUS),
-// closed on exec, readable by this user alone and sealed against shrinking. In large pages where the system gives them,
-// but for what does not fill one. Throws std::system_error.
+// Returns a memfd of `num_bytes` zeros, closed on exec, readable by this user only and sealed against a change of size.
+// All of it is allocated now, since writing to a file that the system cannot back raises SIGBUS. It is in large pages
+// where the system gives them, except for the rest that does not fill a large page. Throws std::system_error.
 Descriptor create_memory(std::size_t num_bytes);
 
-// Descriptor `fd` of process `pid`, opened for this process; none where the system does not allow it.
+// Opens descriptor `fd` of process `pid` for this process; returns none if the system does not allow it.
 std::optional<Descriptor> open_descriptor_of(pid_t pid, int fd);
 
 }  // namespace dtrain

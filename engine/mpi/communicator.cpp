@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <string>
 #include <thread>
 
@@ -37,7 +36,7 @@ std::size_t Transfer::num_bytes() const {
 }
 
 bool test_all(std::span<Transfer> transfers) {
-  // The first that is not complete ends it: each test of such a one has MPI look at the network.
+  // Stops at the first that is not complete: each test of such a transfer makes MPI look at the network.
   return std::ranges::all_of(transfers, [](Transfer& transfer) { return transfer.test(); });
 }
 
@@ -48,8 +47,7 @@ Communicator::Communicator(MPI_Comm handle) : handle_(handle) {
 }
 
 Communicator Communicator::duplicate(std::uintptr_t address) {
-  MPI_Comm original = MPI_COMM_WORLD;
-  if (address != 0) std::memcpy(&original, reinterpret_cast<const void*>(address), sizeof(original));
+  const MPI_Comm original = address == 0 ? MPI_COMM_WORLD : *reinterpret_cast<const MPI_Comm*>(address);
   MPI_Comm copy = MPI_COMM_NULL;
   check(MPI_Comm_dup(original, &copy), "MPI_Comm_dup");
   return Communicator(copy);
@@ -115,11 +113,11 @@ int Communicator::max_tag() const {
 }
 
 std::optional<std::vector<std::byte>> Communicator::receive_any(int tag) const {
-  int has_come = 0;
+  int has_arrived = 0;
   MPI_Message message = MPI_MESSAGE_NULL;
   MPI_Status status;
-  check(MPI_Improbe(MPI_ANY_SOURCE, tag, handle_, &has_come, &message, &status), "MPI_Improbe");
-  if (has_come == 0) return std::nullopt;
+  check(MPI_Improbe(MPI_ANY_SOURCE, tag, handle_, &has_arrived, &message, &status), "MPI_Improbe");
+  if (has_arrived == 0) return std::nullopt;
   int num_bytes = 0;
   check(MPI_Get_count(&status, MPI_BYTE, &num_bytes), "MPI_Get_count");
   std::vector<std::byte> bytes(static_cast<std::size_t>(num_bytes));
@@ -136,8 +134,7 @@ Transfer Communicator::broadcast(std::span<std::byte> bytes, int root) const {
 Transfer Communicator::gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const {
   MPI_Request request = MPI_REQUEST_NULL;
   const int count = checked_count(mine.size());
-  check(MPI_Iallgather(mine.data(), count, MPI_BYTE, all.data(), count, MPI_BYTE, handle_, &request),
-        "MPI_Iallgather");
+  check(MPI_Iallgather(mine.data(), count, MPI_BYTE, all.data(), count, MPI_BYTE, handle_, &request), "MPI_Iallgather");
   return Transfer(request);
 }
 
@@ -156,13 +153,14 @@ bool Communicator::agree(bool own) const {
 
 bool Communicator::agree_of_living(bool own) const {
   int flag = own ? 1 : 0;
-  MPIX_Comm_agree(handle_, &flag);  // an error says that some are dead; the flag is that of the others all the same
+  MPIX_Comm_agree(handle_, &flag);  // an error means that some ranks are dead; the flag is still that of the others
   return flag != 0;
 }
 
 int Communicator::num_failed() const {
   int flag = 0;
-  MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_SELF, &flag, MPI_STATUS_IGNORE);  // word of it comes by progress
+  MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_SELF, &flag,
+             MPI_STATUS_IGNORE);  // drives progress, by which MPI learns of deaths
   MPI_Group failed = MPI_GROUP_NULL;
   check(MPIX_Comm_get_failed(handle_, &failed), "MPIX_Comm_get_failed");
   int size = 0;

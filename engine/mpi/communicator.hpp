@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A communicator of our own, and transfers of bytes on it. All counts are in bytes.
+// The engine's own communicators, and transfers of bytes on them. All counts are in bytes.
 #pragma once
 
 #include <mpi.h>
@@ -23,10 +23,10 @@ class Transfer {
   Transfer() = default;
   explicit Transfer(MPI_Request request) : request_(request) {}
 
-  // True once the transfer is complete; drives MPI's progress.
+  // Returns true once the transfer is complete; drives MPI's progress.
   bool test();
 
-  // Of a receive that is complete.
+  // The source and length of a message. Valid once its receive is complete.
   int source() const { return status_.MPI_SOURCE; }
   std::size_t num_bytes() const;
 
@@ -35,22 +35,22 @@ class Transfer {
   MPI_Status status_{};
 };
 
-// True once all of `transfers` are complete; tests each that is not.
+// Returns true once all of `transfers` are complete; tests them in order, up to the first that is not.
 bool test_all(std::span<Transfer> transfers);
 
 class Replacement;
 
-// Errors are returned by MPI and thrown by us. Copies are views: the handle is freed by close() alone, since freeing
-// is collective and the order of destructors is not.
+// A view of an MPI communicator; a copy is another view. MPI returns errors, and the methods throw them. Only close()
+// frees the handle, since freeing is collective and the order of destructors is not.
 class Communicator {
  public:
-  // Collective. Duplicates the communicator whose MPI_Comm lies at `address`, or the world for 0.
+  // Collective. Duplicates the communicator whose MPI_Comm lies at `address`, or the world communicator for 0.
   static Communicator duplicate(std::uintptr_t address);
 
   // Collective.
   Communicator duplicate() const;
 
-  // Collective over `ranks` (ranks of this communicator, in the order of the new one) only.
+  // Collective only over `ranks` (ranks of this communicator, in the order of the new one).
   Communicator create_group(std::span<const int> ranks, int tag) const;
 
   int rank() const { return rank_; }
@@ -60,35 +60,39 @@ class Communicator {
   void all_gather(std::span<const std::byte> mine, std::span<std::byte> all) const;
 
   Transfer send(std::span<const std::byte> bytes, int destination, int tag) const;
-  // Complete only when the receiver has begun to receive.
+  // Starts a send that is complete only when the receiver has begun to receive.
   Transfer send_synchronously(std::span<const std::byte> bytes, int destination, int tag) const;
-  // `source` may be any_source.
+  // Starts a receive; `source` may be any_source.
   Transfer receive(std::span<std::byte> bytes, int source, int tag) const;
-  // The largest tag.
+  // The largest tag that MPI takes.
   int max_tag() const;
-  // A message of any rank that has come already; none otherwise. Blocks only while its bytes arrive.
+  // Returns a message of any rank that has arrived already; none otherwise. Blocks only while its bytes arrive.
   std::optional<std::vector<std::byte>> receive_any(int tag) const;
   Transfer broadcast(std::span<std::byte> bytes, int root) const;
   Transfer barrier() const;
   Transfer gather_to_all(std::span<const std::byte> mine, std::span<std::byte> all) const;
 
-  // These six only where survives_deaths().
-  // Local: all that waits in this communicator fails now, and all that is called in it later, on every rank.
+  // The next six functions are called only where survives_deaths().
+  //
+  // Makes all waits and calls in this communicator fail, now and later, on every rank. Local.
   void revoke() const;
-  // Collective over the ranks that live, blocks: a communicator of them, in their order. Also of a revoked one. All get
-  // the same.
+  // Returns a communicator of the ranks that live, in their order; this one may be revoked. Collective over these
+  // ranks, blocks. All of them get the same ranks.
   Communicator shrink() const;
-  // Likewise: whether all of them say so, and none has died but those whose death this rank knew before.
+  // Returns whether `own` is true on all ranks that live, and no rank has died except those whose death this rank knew
+  // before. Collective over the ranks that live, blocks.
   bool agree(bool own) const;
-  // Likewise, whoever has died.
+  // Returns whether `own` is true on all ranks that live, even if others have died. Collective over the ranks that
+  // live, blocks.
   bool agree_of_living(bool own) const;
-  // Local: whether it was revoked, on any rank, or a rank is known to have died. Drives MPI's progress.
+  // Returns whether the communicator was revoked, on any rank, or one of its ranks is known to have died. Local; drives
+  // MPI's progress.
   bool has_failed() const;
-  // Local, blocks for up to half a second, until so many ranks are known to have died. To be called before shrink(): Open
-  // MPI 5.0 may crash if it learns of a death in the midst of making a communicator.
+  // Waits until `expected` ranks are known to have died, for up to half a second. Local, blocks. Call it before
+  // shrink(): Open MPI 5.0 may crash if it learns of a death while it makes a communicator.
   void await_failures(int expected) const;
 
-  // Collective: frees the communicator.
+  // Frees the communicator. Collective.
   void close();
 
  private:

@@ -21,13 +21,14 @@ Deadline::Deadline(std::string what, std::chrono::milliseconds limit, std::funct
         std::mutex mutex;
         std::condition_variable_any ending;
         std::unique_lock lock(mutex);
-        // By looks, not by the clock, so that a process that was stopped meanwhile has its time.
-        for (auto left = limit; !over.stop_requested(); ending.wait_for(lock, over, between_looks, [] { return false; })) {
+        // Counts looks, not the clock's time, so that a process that was stopped meanwhile still has its whole time.
+        for (auto left = limit; !over.stop_requested();
+             ending.wait_for(lock, over, between_looks, [] { return false; })) {
           if (!counts()) continue;
           left -= between_looks;
           if (left.count() > 0) continue;
           const std::string line = "distributed_trainer: process " + std::to_string(getpid()) +
-                                   " ends, and the others go on without it: MPI is stuck in " + what + "\n";
+                                   " ends so that the others can continue: MPI is stuck in " + what + "\n";
           static_cast<void>(!write(STDERR_FILENO, line.data(), line.size()));
           kill(getpid(), SIGKILL);
         }

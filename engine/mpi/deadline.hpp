@@ -8,20 +8,21 @@
 
 namespace dtrain::mpi {
 
-// While it lives, this thread calls what of MPI may never come back once a rank has died: what waits for ranks that have
-// left, and what closes a broken connection while another thread reads from it (Open MPI 5.0). If that lasts for too long
-// this process kills itself, and the others go on without it.
+// Ends this process if a call of MPI never returns. While a Deadline lives, the thread that made it makes calls that
+// may never return once a rank has died: calls that wait for ranks that have left, and calls that close a broken
+// connection while another thread reads from it (Open MPI 5.0). If that lasts too long, this process kills itself, so
+// that the others can continue without it.
 class Deadline {
  public:
-  static constexpr std::chrono::milliseconds longest{5000};  // well below what others wait for this rank
+  static constexpr std::chrono::milliseconds longest{5000};  // well below the time that others wait for this rank
 
-  // For what all of them call: they end one after the other, the last rank first, since that another has ended may be
-  // what MPI waits for.
+  // Limit for a call that all ranks make. They end one after the other, the last rank first, since the end of one rank
+  // may be what lets MPI return on the others.
   static std::chrono::milliseconds longest_of(int rank, int size) {
     return longest + longest * (size - 1 - rank) / (2 * size);
   }
 
-  // `what`: that is being done. `counts`: whether time does at the moment.
+  // `what` names the call in the message. `counts` returns whether time counts at the moment.
   explicit Deadline(
       std::string what, std::chrono::milliseconds limit = longest, std::function<bool()> counts = [] { return true; });
 

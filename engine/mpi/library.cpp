@@ -10,7 +10,7 @@
 #include "mpi/replacement.hpp"
 #include "mpi/ulfm.hpp"
 
-// Of the library by which Open MPI 5 talks to its launcher.
+// From PMIx, the library by which Open MPI 5 talks to its launcher.
 extern "C" int PMIx_Finalize(const void* info, std::size_t num_infos) __attribute__((weak));
 
 namespace dtrain::mpi {
@@ -20,9 +20,9 @@ void check(int code, const char* call, std::source_location where) {
   std::array<char, MPI_MAX_ERROR_STRING> text{};
   int length = 0;
   if (MPI_Error_string(code, text.data(), &length) != MPI_SUCCESS) length = 0;
-  throw Error(std::string(call) + " failed at " + where.file_name() + ":" + std::to_string(where.line()) + ": " +
-              (length > 0 ? std::string(text.data(), static_cast<std::size_t>(length))
-                          : "error " + std::to_string(code)));
+  throw Error(
+      std::string(call) + " failed at " + where.file_name() + ":" + std::to_string(where.line()) + ": " +
+      (length > 0 ? std::string(text.data(), static_cast<std::size_t>(length)) : "error " + std::to_string(code)));
 }
 
 bool initialize() {
@@ -59,7 +59,8 @@ void leave() {
 }
 
 bool survives_deaths() {
-  // MPICH has the functions as well, but does not survive.
+  // MPICH has these functions too, but does not survive a death.
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): no thread of the engine changes the environment
   const char* is_on = std::getenv("OMPI_MCA_mpi_ft_enable");
   return MPIX_Comm_shrink != nullptr && is_on != nullptr && std::string(is_on) == "1";
 }

@@ -44,7 +44,7 @@ void Mailbox::close() {
 }
 
 void Mailbox::require_open() const {
-  if (is_closed_) throw Error("the engine was closed: it passes on no messages any more");
+  if (is_closed_) throw Error("the engine was closed: it no longer passes messages on");
 }
 
 }  // namespace dtrain::mpi

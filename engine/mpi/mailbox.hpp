@@ -13,11 +13,12 @@
 namespace dtrain::mpi {
 
 // Short messages between any two ranks, without a receiver that waits for them. Calls may come from any thread; they
-// move messages on but never block. They throw Error once it is closed, which must be before MPI is finalised.
+// advance the messages but never block. They throw Error once the mailbox is closed, which must happen before MPI is
+// finalised.
 class Mailbox {
  public:
-  // Takes over `communicator`, on which nothing else may be sent. `is_synchronous`: is_flushed() says whether everything
-  // posted has been collected.
+  // Takes over `communicator`, on which nothing else may be sent. `is_synchronous`: is_flushed() then returns whether
+  // everything posted has been collected.
   explicit Mailbox(Communicator communicator, bool is_synchronous = false)
       : communicator_(communicator), is_synchronous_(is_synchronous) {}
 
@@ -27,11 +28,11 @@ class Mailbox {
   void post(std::span<const std::byte> message, int destination);
   // Whether everything posted has left this rank.
   bool is_flushed();
-  // A message that has come, of any rank; messages of one rank come in order.
+  // Returns a message that has arrived from any rank, or none. Messages of one rank arrive in order.
   std::optional<std::vector<std::byte>> collect();
-  // Collective, does not block: complete when all ranks have called it.
+  // Starts a barrier, which is complete when all ranks have called it. Collective, does not block.
   Transfer barrier();
-  // As of Communicator.
+  // Makes the mailbox's communicator fail; see Communicator::revoke().
   void revoke() { communicator_.revoke(); }
   void close();
 

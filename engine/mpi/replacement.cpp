@@ -27,12 +27,12 @@ constexpr int meeting_tag = 3;
 constexpr char admitted = 1;
 constexpr char dismissed = 0;
 constexpr std::chrono::milliseconds between_looks(5);
-// In the new process's environment: who has started it, as an Introduction's text.
+// Variable in the new process's environment: the ProcessName of the process that has started it.
 constexpr const char* starter_variable = "DTRAIN_STARTER";
 constexpr const char* admission = "the admission of a new process";
 
-// Calls `give_up` if the process at the other end dies, or nothing comes of it in time, unless it ends before: MPI need not
-// notice the death of a process that is not in this one's world yet.
+// Calls `give_up` if the process at the other end dies, or if the guarded work takes too long; the destructor ends the
+// guard. It is needed because MPI need not notice the death of a process that is not in this process's world yet.
 class Guard {
  public:
   Guard(pid_t other, std::function<void()> give_up)
@@ -50,7 +50,7 @@ class Guard {
   Guard(const Guard&) = delete;
   Guard& operator=(const Guard&) = delete;
 
-  // Of a process on this machine; false of others.
+  // Whether a process of this machine has died; false for processes of other machines.
   static bool has_died(pid_t process) {
     if (process == 0) return false;
     const std::ifstream file("/proc/" + std::to_string(process) + "/stat");
@@ -66,12 +66,12 @@ class Guard {
   std::thread thread_;
 };
 
-// What the two ends tell each other of themselves.
-struct Introduction {
+// Name by which one end of the connection knows the other.
+struct ProcessName {
   std::uint64_t pid_namespace;
   std::int64_t pid;
 
-  static Introduction own() {
+  static ProcessName own() {
     struct stat about{};
     const bool is_known = stat("/proc/self/ns/pid", &about) == 0;
     return {is_known ? static_cast<std::uint64_t>(about.st_ino) ^ boot() : 0, getpid()};
@@ -79,11 +79,13 @@ struct Introduction {
 
   std::string text() const { return std::to_string(pid_namespace) + " " + std::to_string(pid); }
 
-  // Its number here, or 0.
-  pid_t here() const { return pid_namespace != 0 && pid_namespace == own().pid_namespace ? static_cast<pid_t>(pid) : 0; }
+  // The process's number in this process's namespace, or 0.
+  pid_t here() const {
+    return pid_namespace != 0 && pid_namespace == own().pid_namespace ? static_cast<pid_t>(pid) : 0;
+  }
 
  private:
-  // Namespaces have the same numbers on all machines.
+  // The boot ID is part of the name, since namespaces have the same numbers on all machines.
   static std::uint64_t boot() {
     std::ifstream file("/proc/sys/kernel/random/boot_id");
     std::string id;
@@ -103,17 +105,18 @@ bool has_lost(MPI_Comm connection) {
   return size > 0;
 }
 
-// From the pair of the starting rank (0) and the new process (1), and the ranks on this side.
+// Merges the ranks on this side with the other side, over `pair`: the starting rank (0) and the new process (1).
 MPI_Comm merge(MPI_Comm own_side, MPI_Comm pair, bool is_new) {
   MPI_Comm between = MPI_COMM_NULL;
   MPI_Comm merged = MPI_COMM_NULL;
   check(MPI_Intercomm_create(own_side, 0, pair, is_new ? 0 : 1, meeting_tag, &between), "MPI_Intercomm_create");
   check(MPI_Intercomm_merge(between, is_new ? 1 : 0, &merged), "MPI_Intercomm_merge");
-  return merged;  // of the others none is freed: see Engine::retire()
+  return merged;  // the other communicators are not freed: see Engine::retire()
 }
 
-// Has each rank connected with each other. Only by the end of their connection does a process learn that one which was
-// started with others has died, and all of MPI's calls that live on after a death wait for one of which they do not know.
+// Connects each rank with each other rank. A process learns of the death of a process that was started at another time
+// only by the end of their connection, and all of MPI's calls that survive a death wait for a dead rank of which they
+// do not know.
 void connect(MPI_Comm all) {
   int size = 0;
   check(MPI_Comm_size(all, &size), "MPI_Comm_size");
@@ -125,7 +128,7 @@ void connect(MPI_Comm all) {
     MPI_Irecv(&received[number], 1, MPI_BYTE, peer, meeting_tag, all, &requests[2 * number]);
     MPI_Isend(&sent, 1, MPI_BYTE, peer, meeting_tag, all, &requests[2 * number + 1]);
   }
-  for (MPI_Request& request : requests) MPI_Wait(&request, MPI_STATUS_IGNORE);  // or it fails, by which all is known
+  for (MPI_Request& request : requests) MPI_Wait(&request, MPI_STATUS_IGNORE);  // a failure shows the death, too
 }
 
 }  // namespace
@@ -138,14 +141,14 @@ Replacement::~Replacement() {
   if (thread_.joinable()) thread_.join();
 }
 
-void Replacement::start(std::string command, std::vector<std::string> arguments, std::string folder) {
+void Replacement::start(std::string command, std::vector<std::string> arguments, const std::string& folder) {
   std::vector<char*> argv;
   for (std::string& argument : arguments) argv.push_back(argument.data());
   argv.push_back(nullptr);
   MPI_Info info = MPI_INFO_NULL;
   MPI_Info_create(&info);
   MPI_Info_set(info, "wdir", folder.c_str());
-  MPI_Info_set(info, "PMIX_ENVAR", (std::string(starter_variable) + "=" + Introduction::own().text()).c_str());
+  MPI_Info_set(info, "PMIX_ENVAR", (std::string(starter_variable) + "=" + ProcessName::own().text()).c_str());
   MPI_Comm self = MPI_COMM_NULL;
   int code = MPI_Comm_dup(MPI_COMM_SELF, &self);
   if (code == MPI_SUCCESS) {
@@ -156,7 +159,7 @@ void Replacement::start(std::string command, std::vector<std::string> arguments,
   MPI_Info_free(&info);
   if (code == MPI_SUCCESS) {
     MPI_Comm_set_errhandler(connection_, MPI_ERRORS_RETURN);
-    const Introduction own = Introduction::own();
+    const ProcessName own = ProcessName::own();
     code = MPI_Send(&own, sizeof(own), MPI_BYTE, 0, greeting_tag, connection_);
   }
   has_failed_ = code != MPI_SUCCESS;
@@ -165,9 +168,9 @@ void Replacement::start(std::string command, std::vector<std::string> arguments,
 
 bool Replacement::is_ready() {
   if (!is_started_ || has_failed_) return false;
-  int has_come = 0;
-  has_failed_ = MPI_Iprobe(0, ready_tag, connection_, &has_come, MPI_STATUS_IGNORE) != MPI_SUCCESS;
-  return has_come != 0;
+  int has_arrived = 0;
+  has_failed_ = MPI_Iprobe(0, ready_tag, connection_, &has_arrived, MPI_STATUS_IGNORE) != MPI_SUCCESS;
+  return has_arrived != 0;
 }
 
 bool Replacement::has_failed() {
@@ -182,12 +185,14 @@ void Replacement::dismiss() {
 }
 
 std::optional<Deadline> Replacement::guard_start() {
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): no thread of the engine changes the environment
   const char* text = std::getenv(starter_variable);
-  Introduction starter{};
+  ProcessName starter{};
   if (text == nullptr || !(std::istringstream(text) >> starter.pid_namespace >> starter.pid)) return std::nullopt;
-  constexpr std::chrono::seconds longest_start(60);  // where the starter is on another machine
+  constexpr std::chrono::seconds longest_start(60);  // if the starter is on another machine
   const pid_t pid = starter.here();
-  return std::optional<Deadline>(std::in_place, "its start", pid == 0 ? longest_start : Deadline::longest,
+  return std::optional<Deadline>(std::in_place, "the start of this process",
+                                 pid == 0 ? longest_start : Deadline::longest,
                                  [pid] { return pid == 0 || Guard::has_died(pid); });
 }
 
@@ -203,12 +208,12 @@ std::optional<Communicator> Replacement::join() {
   for (const MPI_Comm one : {parent, MPI_COMM_SELF}) {
     check(MPI_Comm_set_errhandler(one, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
   }
-  Introduction starter{};
+  ProcessName starter{};
   check(MPI_Recv(&starter, sizeof(starter), MPI_BYTE, 0, greeting_tag, parent, MPI_STATUS_IGNORE), "MPI_Recv");
-  const Introduction own = Introduction::own();
+  const ProcessName own = ProcessName::own();
   check(MPI_Send(&own, sizeof(own), MPI_BYTE, 0, ready_tag, parent), "MPI_Send");
-  for (int has_come = 0; has_come == 0;) {
-    check(MPI_Iprobe(0, answer_tag, parent, &has_come, MPI_STATUS_IGNORE), "MPI_Iprobe");
+  for (int has_arrived = 0; has_arrived == 0;) {
+    check(MPI_Iprobe(0, answer_tag, parent, &has_arrived, MPI_STATUS_IGNORE), "MPI_Iprobe");
     if (has_lost(parent) || Guard::has_died(starter.here())) throw Error("the rank that has started this one is gone");
     std::this_thread::sleep_for(between_looks);
   }
@@ -218,12 +223,14 @@ std::optional<Communicator> Replacement::join() {
     MPI_Comm_disconnect(&parent);
     return std::nullopt;
   }
-  const Guard guard(starter.here(), [] { kill(getpid(), SIGKILL); });  // the others then go on without this one
+  const Guard guard(starter.here(),
+                    [] { kill(getpid(), SIGKILL); });  // so that the others can continue without this one
   MPI_Comm pair = MPI_COMM_NULL;
   check(MPI_Intercomm_merge(parent, 1, &pair), "MPI_Intercomm_merge");
   MPI_Comm_set_errhandler(pair, MPI_ERRORS_RETURN);
   const Communicator merged(merge(MPI_COMM_SELF, pair, true));
-  check(MPI_Recv(&answer, 1, MPI_BYTE, 0, answer_tag, pair, MPI_STATUS_IGNORE), "MPI_Recv");  // all others have it, too
+  check(MPI_Recv(&answer, 1, MPI_BYTE, 0, answer_tag, pair, MPI_STATUS_IGNORE),
+        "MPI_Recv");  // all others have the communicator, too
   connect(merged.handle_);
   return merged;
 }
@@ -235,7 +242,7 @@ Communicator admit(const Communicator& living, Replacement* own) {
   std::string reason = "another rank has failed";
   try {
     if (own != nullptr) {
-      Introduction other{};
+      ProcessName other{};
       const MPI_Comm connection = own->connection_;
       check(MPI_Recv(&other, sizeof(other), MPI_BYTE, 0, ready_tag, connection, MPI_STATUS_IGNORE), "MPI_Recv");
       guard.emplace(other.here(), [connection, living] {

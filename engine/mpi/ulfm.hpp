@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// MPI's proposed functions for jobs that lose ranks (user-level failure mitigation). An MPI without them leaves their
-// addresses null.
+// MPI's proposed functions for jobs that lose ranks (user-level failure mitigation). In an MPI without them their
+// addresses are null.
 #pragma once
 
 #include <mpi.h>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What ranks on different nodes say to each other when a group does not get on.
+// Messages between ranks on different nodes about a group that does not make progress.
 #pragma once
 
 #include <array>
@@ -13,21 +13,28 @@
 
 namespace dtrain {
 
+// `question` is answered by `answer`. `look` and `want` are answered by `seen`, the state of the sender and its
+// neighbours; `want` also says that others wait for the receiver.
 struct ControlMessage {
   enum class Kind : std::uint8_t {
-    question, answer,  // where the sender is in the group
-    left, given_up,    // it takes part in nothing more of the group
-    look, want, seen   // how the sender and its neighbours are, whatever the group; `want`: others wait for it, too
+    question,
+    answer,  // the sender's last call in the group
+    left,
+    given_up,  // the sender has given up the group
+    look,
+    want,
+    seen
   } kind{};
   std::uint64_t group = 0;
-  int member = 0;  // who says it; of the last three its number among all ranks
+  int member = 0;  // the sender's rank in the group; in the last three kinds its rank in the job
   LastSeen last_seen{};
   Snapshot snapshot{};
   std::array<char, 1000> reason{};
 };
 
-// Bytes that another rank has sent, if they are such a message: ranks that it names exist, and the text has an end.
-// `num_ranks`: of the job. `size_of_group`: ranks of the group with that id; 0 where this rank is in no such group.
+// Returns the message in the bytes that another rank has sent; none if they are no such message: every rank that it
+// names must exist, and the text must have an end. `num_ranks`: of the job. `size_of_group`: number of ranks of the
+// group with that id; 0 if this rank is in no such group.
 std::optional<ControlMessage> parse_control(std::span<const std::byte> bytes, int num_ranks,
                                             const std::function<int(std::uint64_t id)>& size_of_group);
 

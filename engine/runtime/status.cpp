@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "at.hpp"
+
 namespace dtrain {
 namespace {
 
@@ -43,7 +45,7 @@ std::string list(const std::vector<std::int64_t>& ranks) {
   return text;
 }
 
-// Ranks of which the same is to be said, in the order in which that was first so.
+// Ranks grouped by the text that describes them, in the order in which each text was first added.
 class RanksByText {
  public:
   void add(const std::string& text, std::int64_t rank) {
@@ -66,7 +68,7 @@ class RanksByText {
 };
 
 std::string last_call(const Place& place) {
-  if (place.since_ms == 0) return "has called nothing of the trainer yet";
+  if (place.since_ms == 0) return "has not called the trainer yet";
   if (place.is_inside != 0) return "is in " + where(place) + ", since " + time_of_day(place.since_ms);
   return "is in the script's own code since " + time_of_day(place.since_ms) + ", after " + where(place);
 }
@@ -75,7 +77,7 @@ std::string what_of(const Snapshot& seen, const std::string& note) {
   switch (seen.state) {
     case State::running: return last_call(seen.place);
     case State::stopped: return "is stopped by a signal; it " + last_call(seen.place);
-    case State::dead: return "is dead: killed, or ended without a word" + note + "; it " + last_call(seen.place);
+    case State::dead: return "is dead: killed, or ended without a message" + note + "; it " + last_call(seen.place);
     case State::ended: return "has ended, or closed its trainer; it " + last_call(seen.place);
     case State::silent:
       return "does not answer: it or its machine is stopped, or the network is cut" +
@@ -112,7 +114,7 @@ State state_of_process(pid_t pid) {
   return state_in_stat(text);
 }
 
-// The name is in parentheses. It may have such in it, and ends of lines.
+// The state follows the process's name, which is in parentheses. The name may itself hold parentheses and line ends.
 State state_in_stat(std::string_view text) {
   const std::size_t end_of_name = text.rfind(')');
   const char letter = end_of_name < text.size() && text.size() - end_of_name > 2 ? text[end_of_name + 2] : '?';
@@ -156,12 +158,12 @@ std::string describe_stall(const std::vector<Snapshot>& snapshots, const std::ve
       waiting.add(seen.place.is_inside != 0 ? where(seen.place) + " (" + call + ")" : call, seen.rank);
       continue;
     }
-    const Origin& origin = origins[static_cast<std::size_t>(seen.rank)];
+    const Origin& origin = at(origins, seen.rank);
     missing += (missing.empty() ? "rank " : "; rank ") + std::to_string(seen.rank) + " (" + text_of(origin.host) +
                ", process " + std::to_string(origin.pid) + ") " + what_of(seen, note);
   }
   const std::string those = waiting.text(" waits in ", " wait in ");
-  if (missing.empty()) return "all ranks wait, but not for the same: " + those;
+  if (missing.empty()) return "all ranks wait, but in different calls: " + those;
   return missing + (those.empty() ? "" : "; ") + those;
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What each rank tells the others on its node of itself, in memory that they can read when it is stopped or dead.
+// Pages in which each rank publishes its state, in memory that the other ranks on its node can read even when it is
+// stopped or dead.
 #pragma once
 
 #include <sys/types.h>
@@ -7,11 +8,13 @@
 #include <array>
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <iosfwd>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -19,8 +22,9 @@
 
 namespace dtrain {
 
-// A value with one writer at a time and any readers, in any process. Nobody waits: who reads while a writer has died or
-// was stopped in the middle gets a mixture.
+// A value with one writer at a time and any number of readers, in any process. The writer never waits. A reader waits
+// for the end of a write, at most some 20 ms: if the writer has died or was stopped in the middle of it, the reader
+// gets a mixture of two values.
 template <class T>
 class Published {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % sizeof(std::uint64_t) == 0);
@@ -38,7 +42,9 @@ class Published {
 
   T read() const {
     Words words{};
-    for (int attempt = 0; attempt < 1000; ++attempt) {
+    for (int attempt = 0; attempt < 200; ++attempt) {
+      // The system has taken the writer off its core: reading again does not help until it runs.
+      if (attempt >= 100) std::this_thread::sleep_for(std::chrono::microseconds(100));
       const std::uint32_t before = version_.load(std::memory_order_acquire);
       for (std::size_t i = 0; i < words.size(); ++i) words[i] = words_[i].load(std::memory_order_relaxed);
       std::atomic_thread_fence(std::memory_order_acquire);
@@ -52,17 +58,17 @@ class Published {
   std::array<std::atomic<std::uint64_t>, sizeof(T) / sizeof(std::uint64_t)> words_;
 };
 
-// The last call that the user's script made of the trainer; all zeros before the first. Times are milliseconds of the
+// The last call that the user's script made to the trainer; all zeros before the first. Times are milliseconds of the
 // system's clock.
 struct Place {
   std::array<char, 32> call;
-  std::array<char, 256> file;  // the end of its path
-  std::int64_t since_ms;       // when it was called, or has returned
+  std::array<char, 256> file;  // the end of the file's path
+  std::int64_t since_ms;       // when the call began, or when it returned
   std::int32_t line;
   std::int32_t is_inside;
 };
 
-// What a rank waits for; all zeros while it waits for nothing.
+// The call that a rank waits for; all zeros while it does not wait.
 struct Wait {
   Call call;
   std::int64_t since_ms;
@@ -71,21 +77,22 @@ struct Wait {
 enum class End : std::uint32_t {
   none,
   closed,      // in good order
-  failed,      // with an exception, which it has printed
-  terminated,  // by SIGTERM, as launchers send it to all ranks
+  failed,      // with an exception, which the rank has printed
+  terminated,  // by SIGTERM, which launchers send to all ranks
 };
 
-// One per process, zeros at first. The owner writes, but for what says otherwise.
+// Status page of a process, zeros at first. Only the owner writes to it, except to the fields marked otherwise.
 struct StatusPage {
   Doorbell doorbell;
-  std::atomic<std::int64_t> beat_ms;      // of the machine's clock: when the owner last looked around
+  std::atomic<std::int64_t> beat_ms;  // time of the machine's clock at the owner's last look at the others
   std::atomic<End> end;
-  std::atomic<std::uint32_t> num_wanted;  // any process: others wait for this rank
+  // Number of times that others reported a wait for this rank. Any process writes it.
+  std::atomic<std::uint32_t> num_wanted;
   Published<Place> place;
   Published<Wait> wait;
 };
 
-// Of a process; the same for all who ask.
+// Where a process runs, in terms that mean the same to every process.
 struct Origin {
   std::array<char, 64> host;
   std::uint64_t pid_namespace;
@@ -96,7 +103,7 @@ struct Origin {
 
 enum class State : std::int64_t { running, stopped, dead, ended, silent };
 
-// A rank as it was seen.
+// State of a rank as another rank, or the rank itself, saw it.
 struct Snapshot {
   std::int64_t rank;
   State state;
@@ -107,29 +114,31 @@ struct Snapshot {
 };
 
 std::int64_t system_now_ms();
-std::int64_t machine_now_ms();  // one clock for all processes of a machine, which nobody sets
+std::int64_t machine_now_ms();  // the clock that all processes of a machine share and nobody sets
 
-// What the system says of a process; `silent` where that is nothing.
+// Asks the system for the state of a process; returns `silent` if the system does not know.
 State state_of_process(pid_t pid);
 
-// The same of the text of /proc/<pid>/stat.
+// Returns the state in the text of /proc/<pid>/stat.
 State state_in_stat(std::string_view text);
 
-// How many processes of this one's memory cgroup the out-of-memory killer has ended; -1 if that can't be read.
+// Returns the number of processes of this process's memory cgroup that the out-of-memory killer has ended; -1 if it
+// cannot be read.
 int num_killed_for_memory();
 
-// The path in the line of /proc/<pid>/cgroup that has `start` before it; empty if there is none.
+// Returns the path in the line of /proc/<pid>/cgroup in which `start` precedes it; empty if there is no such line.
 std::string cgroup_path(std::istream& cgroups, std::string_view start);
 
-// The same number in the text of a cgroup's memory.events or memory.oom_control; -1 if it is not there.
+// Returns the number of killed processes in the text of a cgroup's memory.events or memory.oom_control; -1 if it is not
+// there.
 int num_killed_in(std::istream& counts);
 
-// One sentence about a stall, which all ranks that see the same put in the same words. `snapshots` are of the ranks of a
-// group, some of which wait; `origins` of all ranks. `note` is about those that are dead.
+// Returns one sentence about a stall. Ranks that see the same write the same sentence. `snapshots` are of the ranks of
+// a group, some of which wait; `origins` are of all ranks. `note` is appended to the state of dead ranks.
 std::string describe_stall(const std::vector<Snapshot>& snapshots, const std::vector<Origin>& origins,
                            const std::string& note);
 
-// "ranks 0 and 2: train_step, train.py:31; rank 1: evaluate, train.py:40": the last call of each.
+// Returns the last call of each rank: "ranks 0 and 2: train_step, train.py:31; rank 1: evaluate, train.py:40".
 std::string describe_places(const std::vector<Snapshot>& snapshots);
 
 }  // namespace dtrain

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What all_reduce and reduce_shards say of infinities and NaN in their results, on every rank.
+// Tests of the reports of all_reduce and reduce_shards on infinities and NaN in their results, on every rank.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -7,8 +7,12 @@
 #include <random>
 #include <vector>
 
+#include "at.hpp"
+#include "collectives/all_reduce.hpp"
+#include "collectives/barrier.hpp"
 #include "collectives/errors.hpp"
 #include "collectives/parts.hpp"
+#include "collectives/reduce_shards.hpp"
 #include "ranks.hpp"
 
 namespace dtrain {
@@ -21,10 +25,10 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 std::span<std::byte> bytes_of(std::span<float> values) { return std::as_writable_bytes(values); }
 
 std::span<std::byte> own_block(const Layout& layout, const std::shared_ptr<const Allocation>& memory) {
-  return (*memory)[static_cast<std::size_t>(layout.group.local().rank())].bytes();
+  return at(*memory, layout.group.local().rank()).bytes();
 }
 
-// `count` float32 of a rank: finite, but for `value` of rank `culprit` at `position`.
+// Fills a rank's float32 buffer with finite values, except `value` of rank `culprit` at `position`.
 void fill(std::span<std::byte> buffer, const Group& group, int culprit, std::size_t position, float value) {
   std::ranges::copy(contribution(group.rank(), DataType::float32, buffer.size() / 4), buffer.begin());
   if (group.rank() == culprit) std::memcpy(buffer.data() + 4 * position, &value, 4);
@@ -33,12 +37,14 @@ void fill(std::span<std::byte> buffer, const Group& group, int culprit, std::siz
 const Test everywhere("check_finite: one rank's value at any place is known to all", Runs::on_ranks, [] {
   for_each_layout([](const Layout& layout) {
     Group& group = layout.group;
-    // One element and less than a line for each rank; two scratch pieces; small enough for one hop, and not.
+    // The counts are one element; less than a line for each rank; two scratch pieces; small enough for one hop, and
+    // not.
     for (const std::size_t count : {1U, 7U, 1000U, 300001U}) {
       const auto memory = layout.engine.allocate(group, 4 * count);
       const auto registered = own_block(layout, memory).first(4 * count);
       Bytes ordinary(4 * count);
-      const std::size_t num_parts = count < 1000 ? count : (count > 1000 ? 1U : 2U) * static_cast<std::size_t>(group.size());
+      const std::size_t num_parts = count < 1000 ? count
+                                                 : (count > 1000 ? 1U : 2U) * static_cast<std::size_t>(group.size());
       for (std::size_t part = 0; part <= num_parts; ++part) {
         const std::size_t position = std::min(count - 1, count * part / num_parts);
         const int culprit = static_cast<int>(part) % group.size();
@@ -49,7 +55,7 @@ const Test everywhere("check_finite: one rank's value at any place is known to a
             fill(buffer, group, is_clean ? -1 : culprit, position, value);
             Reduction reduction{.op = part % 2 == 0 ? ReduceOp::sum : ReduceOp::average, .check_finite = true};
             if (is_narrow) reduction.wire_dtype = DataType::bfloat16;
-            const auto operation = layout.engine.all_reduce(group, buffer, reduction);
+            const auto operation = layout.engine.submit(all_reduce(group, buffer, reduction));
             finish(layout.engine, operation);
             expect_equal(operation->found_nonfinite(), !is_clean,
                          layout.name + ": " + std::to_string(count) + ", at " + std::to_string(position) +
@@ -71,11 +77,12 @@ const Test same_bits("check_finite: changes nothing in the result", Runs::on_ran
         const auto registered = own_block(layout, memory).first(count * element_bytes(dtype));
         const Bytes own = contribution(layout.group.rank(), dtype, count);
         Bytes wanted = own;
-        finish(layout.engine, layout.engine.all_reduce(layout.group, wanted, {.dtype = dtype}));
+        finish(layout.engine, all_reduce(layout.group, wanted, {.dtype = dtype}));
         Bytes ordinary = own;
         std::ranges::copy(own, registered.begin());
         for (const auto buffer : {std::span<std::byte>(ordinary), registered}) {
-          const auto operation = layout.engine.all_reduce(layout.group, buffer, {.dtype = dtype, .check_finite = true});
+          const auto operation = layout.engine.submit(
+              all_reduce(layout.group, buffer, {.dtype = dtype, .check_finite = true}));
           finish(layout.engine, operation);
           expect(std::ranges::equal(buffer, wanted), layout.name + ": " + name(dtype));
           expect(!operation->found_nonfinite(), layout.name + ": " + name(dtype) + " is finite");
@@ -86,14 +93,14 @@ const Test same_bits("check_finite: changes nothing in the result", Runs::on_ran
   });
 });
 
-// Finite on every rank, and on every node: what counts is what all ranks get.
+// The values are finite on every rank, and on every node: only the result that all ranks get is checked.
 const Test overflow("check_finite: sums that overflow, also on their way between nodes", Runs::on_ranks, [] {
   for_each_layout([](const Layout& layout) {
     Group& group = layout.group;
     const auto sum_of = [&](float value, const Reduction& reduction) {
       std::vector<float> values(5000, 1.0F);
       values[4321] = value;
-      const auto operation = layout.engine.all_reduce(group, bytes_of(values), reduction);
+      const auto operation = layout.engine.submit(all_reduce(group, bytes_of(values), reduction));
       finish(layout.engine, operation);
       const bool is_finite = std::isfinite(values[4321]);
       expect_equal(operation->found_nonfinite(), !is_finite, layout.name + ": as the result is");
@@ -101,7 +108,8 @@ const Test overflow("check_finite: sums that overflow, also on their way between
     };
     const float largest = std::numeric_limits<float>::max();
     expect_equal(sum_of(largest, {.check_finite = true}), group.size() == 1, layout.name + ": float32");
-    expect(sum_of(group.rank() % 2 == 0 ? largest : -largest / 2, {.check_finite = true}) || group.size() > 2, "cancels");
+    expect(sum_of(group.rank() % 2 == 0 ? largest : -largest / 2, {.check_finite = true}) || group.size() > 2,
+           "cancels");
     const Reduction narrow{.wire_dtype = DataType::float16, .check_finite = true};
     const float share = 60000.0F / static_cast<float>(group.size());
     expect(sum_of(share, narrow), layout.name + ": fits float16");
@@ -109,7 +117,7 @@ const Test overflow("check_finite: sums that overflow, also on their way between
   });
 });
 
-// Ranks run ahead of each other: what is found in one operation belongs to no other.
+// Ranks run ahead of each other: the findings of one operation must not appear in another.
 const Test in_flight("check_finite: many operations in flight, of all kinds", Runs::on_ranks, [] {
   for_each_layout([](const Layout& layout) {
     Group& group = layout.group;
@@ -128,9 +136,9 @@ const Test in_flight("check_finite: many operations in flight, of all kinds", Ru
       const int culprit = has(i) ? static_cast<int>(i) % group.size() : -1;
       fill(buffer, group, culprit, i, infinity);
       const Reduction reduction{.check_finite = i % 5 != 0};
-      if (i % 4 == 0) operations.push_back(layout.engine.reduce_shards(group, buffer, {{0, 4 * count}}, reduction));
-      else operations.push_back(layout.engine.all_reduce(group, buffer, reduction));
-      if (i % 6 == 0) finish(layout.engine, layout.engine.barrier(group));
+      operations.push_back(layout.engine.submit(i % 4 == 0 ? reduce_shards(group, buffer, {{0, 4 * count}}, reduction)
+                                                           : all_reduce(group, buffer, reduction)));
+      if (i % 6 == 0) finish(layout.engine, barrier(group));
       if (random() % 8 == 0) finish(layout.engine, operations.back());
     }
     for (std::size_t i = 0; i < num_operations; ++i) {
@@ -141,8 +149,8 @@ const Test in_flight("check_finite: many operations in flight, of all kinds", Ru
         expect_equal(operations[i]->found_nonfinite(), has(i), layout.name + ": operation " + std::to_string(i));
       }
     }
-    Bytes last(8);  // until it is done, peers read the buffers
-    finish(layout.engine, layout.engine.all_reduce(group, last, {}));
+    Bytes last(8);  // peers read the buffers until this is done
+    finish(layout.engine, all_reduce(group, last, {}));
   });
 });
 
@@ -156,7 +164,7 @@ const Test shards("check_finite: reduce_shards tells the owner", Runs::on_ranks,
     for (const std::size_t position : {0U, 15U, 16U, 300U, 700U, 1002U, 1020U, 1100U, 1200U, 1240U}) {
       for (int culprit = -1; culprit < group.size(); ++culprit) {
         fill(buffer, group, culprit, position, std::nanf(""));
-        const auto operation = layout.engine.reduce_shards(group, buffer, blocks, {.check_finite = true});
+        const auto operation = layout.engine.submit(reduce_shards(group, buffer, blocks, {.check_finite = true}));
         finish(layout.engine, operation);
         bool owns = false;
         for (const Block& block : blocks) {
@@ -168,7 +176,7 @@ const Test shards("check_finite: reduce_shards tells the owner", Runs::on_ranks,
         expect_equal(operation->found_nonfinite(), owns && culprit >= 0,
                      layout.name + ": element " + std::to_string(position) + " of rank " + std::to_string(culprit));
         Bytes last(8);
-        finish(layout.engine, layout.engine.all_reduce(group, last, {}));
+        finish(layout.engine, all_reduce(group, last, {}));
       }
     }
   });
@@ -181,11 +189,11 @@ const Test disagreement("check_finite: ranks that disagree get the same error", 
     const auto group = ranks.all();
     std::vector<float> values(3);
     const bool is_odd = ranks.engine.rank() == ranks.engine.size() - 1;
-    const auto operation = ranks.engine.all_reduce(*group, bytes_of(values), {.check_finite = is_odd});
+    const auto operation = ranks.engine.submit(all_reduce(*group, bytes_of(values), {.check_finite = is_odd}));
     const std::string last = std::to_string(ranks.engine.size() - 1);
-    expect_throws<Mismatch>([&] { finish(ranks.engine, operation); },
-                            "rank 0 calls all_reduce(sum, 3 float32), rank " + last +
-                                " calls all_reduce(sum, 3 float32, checked)");
+    expect_throws<Mismatch>([&] { finish(ranks.engine, operation); }, "rank 0 calls all_reduce(sum, 3 float32), rank " +
+                                                                          last +
+                                                                          " calls all_reduce(sum, 3 float32, checked)");
     expect_throws<std::invalid_argument>([&] { operation->found_nonfinite(); }, "not done, or was not asked");
   }
 });

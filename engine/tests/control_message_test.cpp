@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Control messages as they come, and what is none.
+// Tests of valid control messages, and of bytes that are none.
 #include "runtime/control_message.hpp"
 
 #include <cstring>
@@ -16,7 +16,7 @@ namespace {
 using namespace test;
 using Kind = ControlMessage::Kind;
 
-const Test refused("control: a message that names a rank that there is not, or has no end, is none", Runs::alone, [] {
+const Test refused("control: a message that names a missing rank, or has no end, is refused", Runs::alone, [] {
   const auto is_taken = [](const ControlMessage& message, std::size_t num_bytes = sizeof(ControlMessage)) {
     std::vector<std::byte> bytes(2 * sizeof(message));
     std::memcpy(bytes.data(), &message, sizeof(message));
@@ -26,7 +26,8 @@ const Test refused("control: a message that names a rank that there is not, or h
   const ControlMessage of_group{.kind = Kind::answer, .group = 7, .member = 1};
   const ControlMessage seen{.kind = Kind::seen, .member = 3, .snapshot = {3, State::silent, {}, {}}};
   expect(is_taken(of_group) && is_taken(seen), "whole ones");
-  expect(!is_taken(of_group, 0) && !is_taken(of_group, sizeof(of_group) - 1) && !is_taken(of_group, sizeof(of_group) + 1),
+  expect(!is_taken(of_group, 0) && !is_taken(of_group, sizeof(of_group) - 1) &&
+             !is_taken(of_group, sizeof(of_group) + 1),
          "another length");
   const auto change = [&](ControlMessage message, const std::function<void(ControlMessage&)>& how) {
     how(message);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the fuzzers have kept, given once more to what they fuzz. Its sanitizers say what is wrong.
+// Tests with the inputs that the fuzzers have kept, each given once more to its target. The sanitizers report errors.
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -15,7 +15,7 @@ namespace {
 
 using namespace test;
 
-const Test corpus("corpus: inputs that were fuzzed", Runs::alone, [] {
+const Test corpus("corpus: inputs that the fuzzers have kept", Runs::alone, [] {
   const std::vector<std::pair<std::string, std::function<void(std::span<const std::byte>)>>> targets{
       {"control", fuzz::control}, {"pages", fuzz::pages}, {"texts", fuzz::texts}};
   for (const auto& [name, target] : targets) {

@@ -18,7 +18,7 @@ namespace {
 using namespace test;
 using std::chrono::milliseconds;
 
-// How a process ends that is busy for 300 ms under a deadline: by which signal, or 0.
+// Returns the signal that ends a process that is busy for 300 ms under a deadline, or 0.
 int end_of(milliseconds limit, const std::function<bool()>& counts, bool is_disarmed) {
   const pid_t child = fork();
   if (child == 0) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels of each instruction set against a scalar reference that shares no code and no trick with them.
+// Tests of the kernels of each instruction set against a scalar reference that shares no code and no method with them.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -32,18 +32,18 @@ using namespace test;
 constexpr auto all_types = {DataType::float32, DataType::float64, DataType::bfloat16, DataType::float16,
                             DataType::int8,    DataType::int16,   DataType::int32,    DataType::int64,
                             DataType::uint8,   DataType::boolean};
-constexpr auto all_ops = {ReduceOp::sum, ReduceOp::average, ReduceOp::product, ReduceOp::min, ReduceOp::max,
-                          ReduceOp::bit_and, ReduceOp::bit_or, ReduceOp::bit_xor};
+constexpr auto all_ops = {ReduceOp::sum, ReduceOp::average, ReduceOp::product, ReduceOp::min,
+                          ReduceOp::max, ReduceOp::bit_and, ReduceOp::bit_or,  ReduceOp::bit_xor};
 
 struct Isa {
   const char* name;
   bool (*reduce)(std::span<const std::byte* const>, std::span<std::byte* const>, std::size_t, const Reduction&);
 };
 
-// What this processor can run.
+// Returns the instruction sets that this processor supports.
 std::vector<Isa> isas() {
   std::vector<Isa> found;
-  found.reserve(4);  // or GCC 12 warns of what it makes of the growth
+  found.reserve(4);  // otherwise GCC 12 warns about the growth
   found.push_back({"chosen", dtrain::reduce});
   found.push_back({"baseline", baseline::reduce});
 #ifdef KERNELS_X86
@@ -71,7 +71,7 @@ struct Format {
     return sign * std::ldexp(m + (1 << mantissa), e - bias() - mantissa);
   }
 
-  // To nearest, ties to even. Not for NaN.
+  // Rounds to nearest, ties to even. Not for NaN.
   std::uint16_t encode(double value) const {
     const int sign = std::signbit(value) ? 0x8000 : 0;
     const int infinity = ((1 << exponent) - 1) << mantissa;
@@ -130,7 +130,8 @@ bool agrees(const std::vector<std::vector<std::byte>>& sources, const std::vecto
       return value;
     };
     T wanted = load(element(sources[0]));
-    for (std::size_t s = 1; s < sources.size(); ++s) wanted = combine<T>(reduction.op, wanted, load(element(sources[s])));
+    for (std::size_t s = 1; s < sources.size(); ++s)
+      wanted = combine<T>(reduction.op, wanted, load(element(sources[s])));
     if constexpr (std::is_floating_point_v<T>) {
       if (reduction.scale != 1.0) wanted *= static_cast<T>(reduction.scale);
       if (std::isnan(wanted)) {
@@ -168,9 +169,10 @@ bool agrees(const std::vector<std::vector<std::byte>>& sources, const std::vecto
     case DataType::uint8: return agrees<std::uint8_t>(sources, result, reduction, same, same);
     case DataType::boolean: {
       const bool is_all = reduction.op == ReduceOp::product || reduction.op == ReduceOp::min;
-      const Reduction logic{.dtype = DataType::uint8, .op = is_bitwise(reduction.op) ? reduction.op
-                                                            : is_all                 ? ReduceOp::min
-                                                                                     : ReduceOp::max};
+      const Reduction logic{.dtype = DataType::uint8,
+                            .op = is_bitwise(reduction.op) ? reduction.op
+                                  : is_all                 ? ReduceOp::min
+                                                           : ReduceOp::max};
       const auto truth = [](std::uint8_t value) { return static_cast<std::uint8_t>(value != 0 ? 1 : 0); };
       return agrees<std::uint8_t>(sources, result, logic, truth, truth);
     }
@@ -197,8 +199,8 @@ bool has_nonfinite(const std::vector<std::byte>& values, DataType dtype) {
   }
 }
 
-// Reduces on every instruction set; the bits must be the same, and agree with the reference. So they must where the
-// result is checked, to two destinations, one of them off the cache line.
+// Reduces on every instruction set: the bits must be the same, and agree with the reference. The same holds when the
+// result is checked and written to two destinations, one of them off the cache line.
 void check(const std::vector<std::vector<std::byte>>& sources, const Reduction& reduction, const std::string& what) {
   std::vector<const std::byte*> places;
   for (const auto& source : sources) places.push_back(source.data());
@@ -227,13 +229,25 @@ std::vector<std::byte> random_bytes(std::size_t num_bytes, std::mt19937_64& rand
   return bytes;
 }
 
-// Values at which something could go wrong, between random ones.
+// Returns values at which errors are likely, between random ones.
 template <class T>
 std::vector<std::byte> floats(std::size_t count, std::mt19937_64& random) {
   using Limits = std::numeric_limits<T>;
-  const T special[] = {0, T{-0.0}, 1, -1, Limits::infinity(), -Limits::infinity(), Limits::quiet_NaN(),
-                       Limits::denorm_min(), -Limits::denorm_min(), Limits::min(), Limits::max(), Limits::lowest(),
-                       Limits::epsilon(), T(0.1), T(1) + Limits::epsilon()};
+  const T special[] = {0,
+                       T{-0.0},
+                       1,
+                       -1,
+                       Limits::infinity(),
+                       -Limits::infinity(),
+                       Limits::quiet_NaN(),
+                       Limits::denorm_min(),
+                       -Limits::denorm_min(),
+                       Limits::min(),
+                       Limits::max(),
+                       Limits::lowest(),
+                       Limits::epsilon(),
+                       T(0.1),
+                       T(1) + Limits::epsilon()};
   std::normal_distribution<double> normal;
   std::vector<std::byte> bytes(count * sizeof(T));
   for (std::size_t i = 0; i < count; ++i) {
@@ -279,8 +293,8 @@ const Test every_pattern("kernels: all 65536 patterns of the 16-bit types", Runs
   for (std::size_t i = 0; i < patterns.size(); ++i) patterns[i] = static_cast<std::uint16_t>(i);
   for (const DataType dtype : {DataType::bfloat16, DataType::float16}) {
     check({bytes_of(patterns)}, {.dtype = dtype}, "alone");
-    // Products of two reach every kind of rounding, halfway and subnormal ones among them; a sum of neighbours lies
-    // halfway whenever it needs a bit more.
+    // Products of two patterns reach every kind of rounding, including halfway and subnormal ones; a sum of neighbours
+    // lies halfway whenever it needs one more bit.
     std::vector<std::uint16_t> next(patterns);
     std::ranges::rotate(next, next.begin() + 1);
     check({bytes_of(patterns), bytes_of(next)}, {.dtype = dtype}, "with its neighbour");
@@ -317,7 +331,7 @@ const Test halfway("kernels: rounding to nearest, ties to even", Runs::alone, []
   expect_equal(sum(DataType::float16, {0x03ff, 0x0001}), 0x0400, "the largest subnormal and one more");
 });
 
-// Values of a type as bits: 1, the largest, infinity, NaN (the quiet one, and the one with the fewest bits).
+// Values of a type as bits: 1, the largest, infinity, a quiet NaN, and the NaN with the fewest bits.
 struct Patterns {
   DataType dtype;
   std::uint64_t one, largest, infinity, quiet, loud;
@@ -330,7 +344,8 @@ constexpr Patterns patterns[] = {
     {DataType::float16, 0x3c00, 0x7bff, 0x7c00, 0x7e00, 0x7c01},
 };
 
-// `count` ones in each of two sources, but for what `values` says of element `position`.
+// Reduces two sources of `count` ones, except that element `position` has `values`; returns whether the check found
+// something.
 bool found(const Isa& isa, const Reduction& reduction, std::uint64_t one, std::size_t count, std::size_t position,
            std::array<std::uint64_t, 2> values) {
   const std::size_t width = element_bytes(reduction.dtype);
@@ -371,13 +386,16 @@ const Test nonfinite("kernels: an infinity or a NaN at any place is found, if as
         }
       }
       const auto of_two = [&](ReduceOp op, std::uint64_t a, std::uint64_t b) {
-        const Reduction how{.dtype = dtype, .op = op, .scale = op == ReduceOp::average ? 0.5 : 1.0, .check_finite = true};
+        const Reduction how{.dtype = dtype,
+                            .op = op,
+                            .scale = op == ReduceOp::average ? 0.5 : 1.0,
+                            .check_finite = true};
         return found(isa, how, one, 100, 50, {a, b});
       };
       expect(of_two(ReduceOp::sum, largest, largest), label + ": a sum of finite values that overflows");
       expect(of_two(ReduceOp::sum, infinity, infinity | minus), label + ": infinity minus infinity");
       expect(!of_two(ReduceOp::sum, largest, largest | minus), label + ": a sum of zero");
-      const bool wide = dtype == DataType::float16;  // float32, in which it is added, holds the sum of two
+      const bool wide = dtype == DataType::float16;  // float32, in which it is added, holds the sum of two of them
       expect_equal(of_two(ReduceOp::average, largest, largest), !wide, label + ": an average whose sum overflows");
       expect(of_two(ReduceOp::average, infinity, one), label + ": an average");
       expect(of_two(ReduceOp::product, largest, largest), label + ": a product");

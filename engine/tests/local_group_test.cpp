@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Members of a group as threads of one process that share one mapping, so that TSan sees all of them.
+// Tests with the members of a group as threads of one process that share one mapping, so that TSan sees all of them.
 #include "collectives/local_group.hpp"
 
 #include <atomic>
@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "at.hpp"
 #include "memory/futex.hpp"
 #include "test.hpp"
 
@@ -29,7 +30,7 @@ std::shared_ptr<const Allocation> allocate(int size, std::size_t num_bytes) {
   return allocation;
 }
 
-// Local groups that share their memory, to be used by one thread each.
+// Local groups that share their memory, each to be used by one thread.
 struct Members {
   explicit Members(int size) : bells(static_cast<std::size_t>(size)) {
     const auto blocks = allocate(size, LocalGroup::block_bytes());
@@ -52,7 +53,7 @@ struct Members {
   template <class Condition>
   void wait(int member, Condition condition) {
     const auto deadline = steady_clock::now() + std::chrono::seconds(40);
-    Doorbell& own = bells[static_cast<std::size_t>(member)];
+    Doorbell& own = at(bells, member);
     while (!condition()) {
       if (steady_clock::now() > deadline) throw std::runtime_error("a wait without end");
       own.num_sleepers.fetch_add(1);
@@ -74,16 +75,16 @@ struct Members {
 
   std::vector<Doorbell> bells;
   std::vector<LocalGroup> groups;
-  std::atomic<int> num_missed = 0;  // wake-ups that did not come
+  std::atomic<int> num_missed = 0;  // number of missed wake-ups
 };
 
-const Test barrier("local group: nobody leaves a barrier before all have come", Runs::alone, [] {
+const Test barrier("local group: nobody leaves a barrier before all have arrived", Runs::alone, [] {
   for (const int size : {1, 2, 3, 4}) {
     Members members(size);
     std::vector<int> rounds(static_cast<std::size_t>(size), 0);  // not atomic: the barrier orders it
     members.run([&](LocalGroup& group, int member) {
       for (int round = 1; round <= 300; ++round) {
-        rounds[static_cast<std::size_t>(member)] = round;
+        at(rounds, member) = round;
         members.barrier(group, member);
         for (const int other : rounds) expect_equal(other, round, "round of a member");
         members.barrier(group, member);
@@ -93,13 +94,15 @@ const Test barrier("local group: nobody leaves a barrier before all have come", 
   }
 });
 
-// Whatever a fast member brings to its next barriers, a slow one still sees what came to the last.
-const Test flags("local group: a barrier tells whether any member brought a flag", Runs::alone, [] {
+// A slow member still sees the flags of the last barrier, whatever flags a fast member brings to its next barriers.
+const Test flags("local group: a barrier reports whether any member brought a flag", Runs::alone, [] {
   for (const int size : {1, 2, 3, 4}) {
     Members members(size);
     members.run([&](LocalGroup& group, int member) {
       std::minstd_rand random(static_cast<unsigned>(member));
-      const auto brings = [size](int round, int who) { return round % (size + 2) == who; };  // at most one does
+      const auto brings = [size](int round, int who) {
+        return round % (size + 2) == who;
+      };  // at most one member brings a flag
       for (int round = 0; round < 300; ++round) {
         auto reached = group.barrier(brings(round, member));
         members.wait(member, [&reached] { return reached.await_ready(); });
@@ -117,11 +120,11 @@ const Test scratch("local group: the halves of the scratch memory take turns", R
       std::minstd_rand random(static_cast<unsigned>(member));
       for (int turn = 0; turn < 300; ++turn) {
         const auto places = group.next_scratch();
-        std::memset(places[static_cast<std::size_t>(member)], (turn + member) & 0xff, 256);
-        members.barrier(group, member);  // one a turn is enough
+        std::memset(at(places, member), (turn + member) & 0xff, 256);
+        members.barrier(group, member);  // one barrier in each turn is enough
         if (random() % 16 == 0) std::this_thread::sleep_for(microseconds(200));
         for (int peer = 0; peer < size; ++peer) {
-          const std::byte* const theirs = places[static_cast<std::size_t>(peer)];
+          const std::byte* const theirs = at(places, peer);
           expect(theirs[0] == static_cast<std::byte>(turn + peer) && theirs[255] == theirs[0], "what a peer wrote");
         }
       }
@@ -129,7 +132,7 @@ const Test scratch("local group: the halves of the scratch memory take turns", R
   }
 });
 
-const Test ring("local group: announcements, more than the ring holds", Runs::alone, [] {
+const Test ring("local group: more announcements than the ring holds", Runs::alone, [] {
   for (const int size : {1, 2, 4}) {
     Members members(size);
     members.run([&](LocalGroup& group, int member) {
@@ -167,7 +170,7 @@ const Test window("local group: the slowest member bounds the ring", Runs::alone
   expect(fast.post(64, {}) && !fast.post(65, {}), "room for one more");
 });
 
-const Test leaving("local group: who has left, and what it took part in before", Runs::alone, [] {
+const Test leaving("local group: members that have left, and their last calls", Runs::alone, [] {
   Members members(3);
   for (LocalGroup& group : members.groups) expect(group.post(0, {}), "room");
   members.groups[1].complete(0);
@@ -200,7 +203,8 @@ const Test in_place("local group: buffers in memory allocated together", Runs::a
     return found;
   };
   const auto all = places(0, own(second, 0, 64, 100), own(second, 1, 8092, 100));
-  expect(all.size() == 2 && all[0] == own(second, 0, 64, 1).data() && all[1] == own(second, 1, 8092, 1).data(), "places");
+  expect(all.size() == 2 && all[0] == own(second, 0, 64, 1).data() && all[1] == own(second, 1, 8092, 1).data(),
+         "places");
   expect_throws<std::runtime_error>([&] { members.groups[0].shared_buffers(0, 101); },
                                     "member 1 on this node says that its buffer of 101 bytes begins at 8092 of an "
                                     "allocation of 8192 bytes");

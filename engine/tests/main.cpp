@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Runs the tests. `engine_tests [part of a name]`; the launches on MPI ranks are made from here.
+// Runs the tests: `engine_tests [part of a name]`. This program also launches itself on MPI ranks, on 1 to 4 of them or
+// on the numbers in the environment variable TEST_RANKS, such as "123". Tests that need no ranks run if that has a 1.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -21,7 +22,7 @@
 extern "C" __attribute__((visibility("default"))) const char* __lsan_default_suppressions() {
   return "leak:libmpi.so\nleak:libopen-pal.so\nleak:libpmix.so\nleak:libevent\nleak:libhwloc\nleak:libfabric\n"
          "leak:libucs.so\nleak:libuct.so\n"
-         "leak:vasprintf\n";  // theirs: the C library has no frame pointers, so the stack ends there
+         "leak:vasprintf\n";  // MPI's allocations: the C library has no frame pointers, so the stack ends there
 }
 extern "C" __attribute__((visibility("default"))) const char* __lsan_default_options() {
   return "print_suppressions=0";
@@ -71,17 +72,17 @@ bool wait_for(pid_t child) {
   return status == 0;
 }
 
-// One process for each, so that a crash or a hang is the test's own.
+// Runs each test in its own process, so that a crash or a hang affects only that test.
 bool run_alone(const Test& test) {
   const pid_t child = fork();
   if (child == 0) {
     run(test);
-    std::exit(failures > 0 ? 1 : 0);  // and the leak check with it
+    std::exit(failures > 0 ? 1 : 0);  // exit() runs the leak check
   }
   return wait_for(child);
 }
 
-// On every rank. Rank 0 reports.
+// Runs the tests on every rank. Rank 0 reports.
 int run_on_ranks(const std::string& filter) {
   mpi::initialize();
   const auto world = mpi::Communicator::duplicate(0);
@@ -123,10 +124,12 @@ void launch(const char* self, int num_ranks, const std::string& filter, int& pas
 }
 
 int run_all(const char* self, const std::string& filter) {
+  const char* const chosen = std::getenv("TEST_RANKS");
+  const auto is_chosen = [&](int num_ranks) { return std::strchr(chosen ? chosen : "1234", '0' + num_ranks); };
   int passed = 0;
   int failed = 0;
   for (const Test& test : tests()) {
-    if (test.where != Runs::alone || test.name.find(filter) == std::string::npos) continue;
+    if (!is_chosen(1) || test.where != Runs::alone || test.name.find(filter) == std::string::npos) continue;
     const bool good = run_alone(test);
     ++(good ? passed : failed);
     std::printf("%s %s\n", good ? "ok    " : "FAILED", test.name.c_str());
@@ -136,7 +139,9 @@ int run_all(const char* self, const std::string& filter) {
     return test.where == Runs::on_ranks && test.name.find(filter) != std::string::npos;
   };
   const int most_ranks = std::ranges::any_of(tests(), is_wanted) ? 4 : 0;
-  for (int num_ranks = 1; num_ranks <= most_ranks; ++num_ranks) launch(self, num_ranks, filter, passed, failed);
+  for (int num_ranks = 1; num_ranks <= most_ranks; ++num_ranks) {
+    if (is_chosen(num_ranks)) launch(self, num_ranks, filter, passed, failed);
+  }
   std::printf("%d passed, %d failed\n", passed, failed);
   return failed > 0 || passed == 0 ? 1 : 0;
 }
@@ -176,7 +181,8 @@ void in_child(const std::function<void()>& body, std::source_location where) {
 }  // namespace dtrain::test
 
 int main(int argc, char** argv) {
-  // TSan does not bear UCX's hooks in the C library, set as it is loaded, nor Open MPI's wish for certain addresses.
+  // TSan does not work with the hooks that UCX sets in the C library when it is loaded, nor with Open MPI's request for
+  // certain addresses.
   if (std::getenv("UCX_MEM_MMAP_HOOK_MODE") == nullptr) {
     setenv("UCX_MEM_MMAP_HOOK_MODE", "none", 1);
     setenv("PMIX_MCA_gds", "hash", 1);

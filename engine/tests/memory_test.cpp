@@ -35,7 +35,8 @@ const Test descriptor("memory: a descriptor is closed once", Runs::alone, [] {
   {
     Descriptor first(fd);
     Descriptor second(std::move(first));
-    expect(!first && second.get() == fd, "moved");  // NOLINT: the state after a move is what is tested
+    expect(!first && second.get() == fd,
+           "moved");  // NOLINT(bugprone-use-after-move): the test is about the state after a move
     Descriptor third;
     third = std::move(second);
     expect(is_open(fd), "still open");
@@ -58,8 +59,8 @@ const Test memory("memory: zeroed, private to the user, of fixed size, closed on
   expect(std::ranges::all_of(mapping.bytes(), [](std::byte b) { return b == std::byte{0}; }), "zeros");
 });
 
-const Test limits("memory: what cannot be had is an error, not a signal", Runs::alone, [] {
-  // Should create_memory() ask the kernel for so much, this keeps the kernel from killing for it.
+const Test limits("memory: too large an allocation is an error, not a signal", Runs::alone, [] {
+  // If create_memory() asks the kernel for too much, this limit keeps the kernel from killing processes.
   const rlimit small{.rlim_cur = 64 << 20, .rlim_max = 64 << 20};
   if (setrlimit(RLIMIT_FSIZE, &small) != 0) return fail("setrlimit");
   std::signal(SIGXFSZ, SIG_IGN);
@@ -78,21 +79,22 @@ const Test interrupted("memory: a signal does not stop an allocation", Runs::alo
   for (int round = 0; round < 5; ++round) {
     setitimer(ITIMER_PROF, &once, nullptr);
     itimerval left = once;
-    while (left.it_value.tv_usec > 0) {  // until the signal has come, most likely in an allocation
+    while (left.it_value.tv_usec > 0) {  // until the signal has arrived, most likely during an allocation
       create_memory(std::size_t{16} << 20);
       getitimer(ITIMER_PROF, &left);
     }
   }
 });
 
-const Test large_pages("memory: large pages where the system gives them to whoever asks", Runs::alone, [] {
+const Test large_pages("memory: large pages where the system gives them on request", Runs::alone, [] {
   std::ifstream setting("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
   const std::string words(std::istreambuf_iterator<char>(setting), {});
   if (words.find("[advise]") == std::string::npos) return skip("shmem_enabled is not advise");
   constexpr std::size_t num_bytes = (std::size_t{64} << 20) + 1;
   const Descriptor fd = create_memory(num_bytes);
   struct stat status{};
-  expect(fstat(fd.get(), &status) == 0 && status.st_blocks * 512 == 64 * 1048576 + page_bytes, "no more than asked for");
+  expect(fstat(fd.get(), &status) == 0 && status.st_blocks * 512 == 64 * 1048576 + page_bytes,
+         "no more than asked for");
   const Mapping mapping(fd, num_bytes);
   std::ranges::fill(mapping.bytes(), std::byte{1});
   std::ifstream pages("/proc/self/smaps_rollup");
@@ -100,7 +102,7 @@ const Test large_pages("memory: large pages where the system gives them to whoev
   for (std::string word; pages >> word;) {
     if (word == "ShmemPmdMapped:") pages >> large_kib;
   }
-  expect(large_kib > 0, "some at least");  // the system may lack free ones
+  expect(large_kib > 0, "some at least");  // the system may have few free ones
 });
 
 const Test moving("memory: a mapping moves, and is unmapped once", Runs::alone, [] {

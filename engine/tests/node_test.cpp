@@ -18,6 +18,7 @@
 #include <system_error>
 #include <vector>
 
+#include "at.hpp"
 #include "processes.hpp"
 #include "test.hpp"
 
@@ -40,24 +41,24 @@ bool can_isolate(int namespaces) {
   return status == 0;
 }
 
-// Every rank writes to all it maps; each must find what the others wrote to its own.
+// Writes to all memory that the rank maps; each rank must find what the others wrote to its own.
 void share_and_check(const Node& node, int rank, const std::vector<int>& ranks, const AllGather& all_gather) {
   std::vector<int> own_node;
   for (const int peer : ranks) {
     const auto& nodes = node.node_of_rank();
-    if (nodes[static_cast<std::size_t>(peer)] == nodes[static_cast<std::size_t>(rank)]) own_node.push_back(peer);
+    if (at(nodes, peer) == at(nodes, rank)) own_node.push_back(peer);
   }
   const std::vector<Mapping> blocks = node.share(10000, ranks, all_gather);
   expect_equal(blocks.size(), own_node.size(), "blocks");
   for (std::size_t i = 0; i < blocks.size(); ++i) {
-    blocks[i].bytes()[static_cast<std::size_t>(rank)] = static_cast<std::byte>(rank * 16 + own_node[i] + 1);
+    at(blocks[i].bytes(), rank) = static_cast<std::byte>(rank * 16 + own_node[i] + 1);
   }
   const std::byte nothing{};
   std::vector<std::byte> all(ranks.size());
-  all_gather({&nothing, 1}, all);  // everybody has written
+  all_gather({&nothing, 1}, all);  // every rank has written
   for (std::size_t i = 0; i < blocks.size(); ++i) {
     for (const int writer : own_node) {
-      const int found = static_cast<int>(blocks[i].bytes()[static_cast<std::size_t>(writer)]);
+      const int found = static_cast<int>(at(blocks[i].bytes(), writer));
       expect_equal(found, writer * 16 + own_node[i] + 1, "what a peer wrote");
     }
   }
@@ -72,8 +73,9 @@ int num_open_memories() {
   return number;
 }
 
-// A job of `size` ranks must have these nodes, and share memory in each.
-void expect_nodes(int size, int max_ranks, const std::string& wanted, const std::function<void(int)>& isolate = nullptr) {
+// Expects a job of `size` ranks to have these nodes, and to share memory in each.
+void expect_nodes(int size, int max_ranks, const std::string& wanted,
+                  const std::function<void(int)>& isolate = nullptr) {
   std::vector<int> ranks(static_cast<std::size_t>(size));
   std::iota(ranks.begin(), ranks.end(), 0);
   on_processes(
@@ -84,7 +86,8 @@ void expect_nodes(int size, int max_ranks, const std::string& wanted, const std:
         share_and_check(node, rank, ranks, all_gather);
         share_and_check(node, rank, ranks, all_gather);
         if (isolate == nullptr) expect_equal(num_open_memories(), 0, "descriptors left open");
-        expect(!node.cores_of(rank).empty() && node.num_cores() >= static_cast<int>(node.cores_of(rank).size()), "cores");
+        expect(!node.cores_of(rank).empty() && node.num_cores() >= static_cast<int>(node.cores_of(rank).size()),
+               "cores");
       },
       isolate);
 }
@@ -100,7 +103,7 @@ const Test pretend("node: pretend nodes", Runs::alone, [] {
   expect_nodes(4, 1, "0123");
 });
 
-const Test subset("node: some of the ranks share, in an order of their own", Runs::alone, [] {
+const Test subset("node: some of the ranks share, in another order", Runs::alone, [] {
   on_processes(3, [](int rank, const AllGather& all_gather) {
     const Node node(rank, 3, all_gather, 0);
     if (rank != 1) {
@@ -113,7 +116,8 @@ const Test subset("node: some of the ranks share, in an order of their own", Run
       const std::vector<Mapping> blocks = node.share(4096, std::vector{2, 0}, of_two);
       expect_equal(blocks.size(), 2U, "blocks");
     } else {
-      // The job's all_gather needs everybody: this rank goes along with share()'s two, of the lengths it uses.
+      // The job's all_gather needs every rank, so this rank takes part in the two of share(), with the lengths that
+      // share() uses.
       std::vector<std::byte> all(3 * 24);
       all_gather(std::vector<std::byte>(24), all);
       all.resize(3 * 2);
@@ -122,8 +126,8 @@ const Test subset("node: some of the ranks share, in an order of their own", Run
   });
 });
 
-// Process numbers of another namespace mean other processes here, or none: descriptors come over the socket.
-const Test handed_over("node: descriptors over the socket where /proc is of no use", Runs::alone, [] {
+// Process numbers of another namespace mean other processes here, or none, so descriptors arrive over the socket.
+const Test handed_over("node: descriptors over the socket where /proc does not help", Runs::alone, [] {
   if (!can_isolate(CLONE_NEWPID)) return skip("no process namespaces for this user");
   const auto isolate = [](int) { expect(unshare(CLONE_NEWPID) == 0, "unshare"); };
   expect_nodes(2, 0, "00", isolate);
@@ -134,7 +138,7 @@ const Test handed_over("node: descriptors over the socket where /proc is of no u
   });
 });
 
-// The names of this user's sockets that wait for descriptors, and those of other jobs.
+// Returns the names of this user's sockets that wait for descriptors, including those of other jobs.
 std::vector<std::string> socket_names() {
   std::vector<std::string> names;
   std::ifstream file("/proc/net/unix");
@@ -168,7 +172,7 @@ void send_datagram(const std::string& name, std::span<const std::byte> bytes, st
   expect(sendmsg(socket.get(), &message, 0) == static_cast<ssize_t>(bytes.size()), "sent");
 }
 
-const Test strangers("node: descriptors that nobody was to send are closed", Runs::alone, [] {
+const Test strangers("node: unexpected descriptors are closed", Runs::alone, [] {
   const auto count_descriptors = [] {
     using std::filesystem::directory_iterator;
     return std::distance(directory_iterator("/proc/self/fd"), directory_iterator());
@@ -176,13 +180,14 @@ const Test strangers("node: descriptors that nobody was to send are closed", Run
   const std::vector<std::string> before = socket_names();
   std::ptrdiff_t num_descriptors = 0;
   int num_gathered = 0;
-  // Rank 1 says the same as this one, but for which file its memory is: so it is to hand that over.
+  // Rank 1 announces the same as this rank, except for the file of its memory, so it has to send that file's
+  // descriptor.
   const AllGather all_gather = [&](std::span<const std::byte> mine, std::span<std::byte> all) {
     std::ranges::copy(mine, all.begin());
     std::ranges::copy(mine, all.begin() + static_cast<std::ptrdiff_t>(mine.size()));
     ++num_gathered;
     if (num_gathered == 2) all.back() ^= std::byte{1};
-    if (num_gathered == 3) {  // who misses what: the next is to wait for rank 1
+    if (num_gathered == 3) {  // the ranks' missing files: next, this rank waits for rank 1
       for (const std::string& name : socket_names()) {
         if (std::ranges::find(before, name) != before.end()) continue;
         const int sender = 1;

@@ -24,7 +24,7 @@ struct Board {  // in memory that the children inherit
   std::atomic<std::uint32_t> num_arrived;
   std::byte messages[16][bytes_per_rank];
 
-  // Each call of a rank is its next multiple of `size`; at most all can have arrived at one.
+  // Each call of a rank waits for its next multiple of `size`; at most `size` ranks can have arrived at one barrier.
   void barrier(std::uint32_t size, std::uint32_t& round) {
     const std::uint32_t target = ++round * size;
     if (num_arrived.fetch_add(1) + 1 == target) futex_wake_all(num_arrived);

@@ -8,8 +8,8 @@
 
 namespace dtrain::test {
 
-// Runs `body` in `size` forked children at once; what fails there fails here. `isolate`, if given, is called in each
-// before its process is made: it may change the namespaces that the process will live in.
+// Runs `body` in `size` forked children at once; a failure there is a failure here. `isolate`, if given, is called in
+// each child before its process is made: it may change the namespaces in which that process will live.
 void on_processes(int size, const std::function<void(int rank, const AllGather& all_gather)>& body,
                   const std::function<void(int rank)>& isolate = nullptr);
 

@@ -7,6 +7,8 @@
 #include <numeric>
 #include <random>
 
+#include "at.hpp"
+
 namespace dtrain::test {
 
 std::shared_ptr<Group> Ranks::all() {
@@ -20,6 +22,8 @@ void finish(Engine& engine, const std::shared_ptr<Operation>& operation) {
   operation->rethrow();
 }
 
+void finish(Engine& engine, PreparedCall prepared) { finish(engine, engine.submit(std::move(prepared))); }
+
 void for_each_layout(const std::function<void(const Layout&)>& body) {
   const auto world = mpi::Communicator::duplicate(0);
   struct Case {
@@ -30,7 +34,9 @@ void for_each_layout(const std::function<void(const Layout&)>& body) {
   std::vector<std::vector<Case>> cases(5);
   cases[1] = {{0, {{0}}}};
   cases[2] = {{0, {{0, 1}, {1, 0}}}, {1, {{0, 1}, {1}}}};
-  cases[3] = {{0, {{0, 1, 2}, {2, 0}}}, {1, {{0, 1, 2}}}, {2, {{0, 1, 2}, {2, 1, 0}, {0, 2, 1}, {1, 2}}},
+  cases[3] = {{0, {{0, 1, 2}, {2, 0}}},
+              {1, {{0, 1, 2}}},
+              {2, {{0, 1, 2}, {2, 1, 0}, {0, 2, 1}, {1, 2}}},
               {0, {{0, 1, 2}, {0, 2, 1}}, {0, 0, 1}}};
   cases[4] = {{0, {{0, 1, 2, 3}, {1, 3}}},
               {1, {{3, 2, 1, 0}}},
@@ -40,7 +46,7 @@ void for_each_layout(const std::function<void(const Layout&)>& body) {
               {0, {{0, 1, 2, 3}}, {2, 0, 1, 1}},
               {3, {{0, 2, 1, 3}}, {0, 0, 1, 1}}};
   for (const Case& nodes : cases.at(static_cast<std::size_t>(world.size()))) {
-    const int numa_node = nodes.numa_nodes.empty() ? 0 : nodes.numa_nodes[static_cast<std::size_t>(world.rank())];
+    const int numa_node = nodes.numa_nodes.empty() ? 0 : at(nodes.numa_nodes, world.rank());
     Ranks ranks(nodes.max_ranks_per_node, numa_node);
     for (const std::vector<int>& members : nodes.groups) {
       if (std::ranges::find(members, ranks.engine.rank()) == members.end()) continue;
@@ -76,17 +82,18 @@ static Bytes draw_contribution(int rank, DataType dtype, std::size_t count) {
     case DataType::uint8: fill([&] { return static_cast<std::uint8_t>(random() >> 8); }); break;
     case DataType::int16: fill([&] { return static_cast<std::uint16_t>(random() >> 8); }); break;
     case DataType::boolean: fill([&] { return static_cast<std::uint8_t>(random() >> 8 & 1U); }); break;
-    case DataType::bfloat16:  // below 0x4000 in size: finite, and so are sums
+    case DataType::bfloat16:  // patterns with magnitude below 0x4000: finite, and so are their sums
     case DataType::float16: fill([&] { return static_cast<std::uint16_t>(random() >> 8 & 0xbfffU); }); break;
     case DataType::int32: fill([&] { return static_cast<std::uint32_t>(random() << 3); }); break;
     case DataType::int64: fill([&] { return std::uint64_t{random()} << 31; }); break;
-    default: break;  // is only moved
+    default: break;  // such types are only moved
   }
   return bytes;
 }
 
 Bytes contribution(int rank, DataType dtype, std::size_t count) {
-  static std::map<std::pair<int, DataType>, Bytes> longest;  // drawing takes long; a shorter one is its beginning
+  static std::map<std::pair<int, DataType>, Bytes>
+      longest;  // drawing takes long; a shorter contribution is the beginning of the longest
   const std::size_t num_bytes = count * element_bytes(dtype);
   Bytes& drawn = longest[{rank, dtype}];
   if (drawn.size() < num_bytes) drawn = draw_contribution(rank, dtype, count);
@@ -102,7 +109,7 @@ Bytes reduce_in_order(const std::vector<Bytes>& contributions, const Reduction& 
   return result;
 }
 
-// float32 values rounded to `dtype` and back.
+// Rounds float32 values to `dtype` and back.
 static Bytes through(DataType dtype, const Bytes& values) {
   Bytes narrowed(values.size() / 2);
   Bytes widened(values.size());
@@ -111,20 +118,20 @@ static Bytes through(DataType dtype, const Bytes& values) {
   return widened;
 }
 
-// Of those of some ranks of a node.
-static Bytes reduce_by_domains(const Layout& layout, const std::vector<int>& ranks,
-                               const std::vector<Bytes>& contributions, Reduction reduction) {
+// Reduces the contributions of some ranks of a node over its domains.
+static Bytes reduce_by_numa(const Layout& layout, const std::vector<int>& ranks,
+                            const std::vector<Bytes>& contributions, Reduction reduction) {
   std::vector<int> numbers;
   std::vector<std::vector<Bytes>> domains;
   for (const int rank : ranks) {
-    const auto world_rank = static_cast<std::size_t>(layout.group.world_ranks()[static_cast<std::size_t>(rank)]);
-    const int number = layout.numa_nodes.empty() ? 0 : layout.numa_nodes[world_rank];
+    const int world_rank = at(layout.group.world_ranks(), rank);
+    const int number = layout.numa_nodes.empty() ? 0 : at(layout.numa_nodes, world_rank);
     const auto place = std::ranges::find(numbers, number) - numbers.begin();
     if (place == static_cast<std::ptrdiff_t>(numbers.size())) {
       numbers.push_back(number);
       domains.emplace_back();
     }
-    domains[static_cast<std::size_t>(place)].push_back(contributions[static_cast<std::size_t>(rank)]);
+    at(domains, place).push_back(at(contributions, rank));
   }
   if (domains.size() == 1) return reduce_in_order(domains[0], reduction);
   Reduction within = reduction;
@@ -136,12 +143,12 @@ static Bytes reduce_by_domains(const Layout& layout, const std::vector<int>& ran
 
 Bytes reduce_by_nodes(const Layout& layout, const std::vector<Bytes>& contributions, Reduction reduction) {
   const Group& group = layout.group;
-  if (group.num_nodes() == 1) return reduce_by_domains(layout, group.ranks_of_node(0), contributions, reduction);
+  if (group.num_nodes() == 1) return reduce_by_numa(layout, group.ranks_of_node(0), contributions, reduction);
   Reduction within = reduction;
   within.scale = 1.0;
   std::vector<Bytes> partials;
   for (int node = 0; node < group.num_nodes(); ++node) {
-    partials.push_back(reduce_by_domains(layout, group.ranks_of_node(node), contributions, within));
+    partials.push_back(reduce_by_numa(layout, group.ranks_of_node(node), contributions, within));
   }
   if (!reduction.wire_dtype) return reduce_in_order(partials, reduction);
   for (Bytes& partial : partials) partial = through(*reduction.wire_dtype, partial);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// For tests on MPI ranks: engines over real and pretend nodes, and what the collectives must give.
+// Helpers for tests on MPI ranks: engines over real and pretend nodes, and the expected results of collectives.
 #pragma once
 
 #include <chrono>
@@ -33,26 +33,29 @@ struct Ranks {
 
 // Waits until `operation` is done, and rethrows its error.
 void finish(Engine& engine, const std::shared_ptr<Operation>& operation);
+// Submits the call, waits until it is done, and rethrows its error.
+void finish(Engine& engine, PreparedCall prepared);
 
-// A group of some ranks in some order over some nodes. Each rank sees the ones it is a member of.
+// A group of some ranks in some order over some nodes. Each rank sees the groups of which it is a member.
 struct Layout {
   Engine& engine;
   Group& group;
-  std::vector<int> numa_nodes;  // pretended, of each rank of the engine; empty: all are on one
+  std::vector<int> numa_nodes;  // pretended NUMA node of each rank of the engine; empty: all ranks are on one
   std::string name;
 };
 
-// One node, several, uneven ones, ranks of nodes interleaved, groups of some ranks only, several NUMA nodes.
+// Runs `body` over one node, several nodes, uneven nodes, nodes with interleaved ranks, groups of some ranks only, and
+// several NUMA nodes.
 void for_each_layout(const std::function<void(const Layout&)>& body);
 
-// What rank `rank` of a group contributes: random values of `dtype`, so that an order or a rounding that is not the
-// promised one shows.
+// Returns the contribution of rank `rank` of a group: random values of `dtype`, so that an order or a rounding shows
+// that is not the promised one.
 Bytes contribution(int rank, DataType dtype, std::size_t count);
 
-// The reduction of `contributions`, one for each rank of the group, over each domain, each node and then the nodes; with
-// a wire_dtype rounded after the last two.
+// Reduces `contributions`, one for each rank of the group, over each domain, each node and then the nodes; with a
+// wire_dtype the results of the last two are rounded.
 Bytes reduce_by_nodes(const Layout& layout, const std::vector<Bytes>& contributions, Reduction reduction);
-// In the order of the ranks.
+// Reduces `contributions` in the order of the ranks.
 Bytes reduce_in_order(const std::vector<Bytes>& contributions, const Reduction& reduction);
 
 inline Reduction with_scale(DataType dtype, ReduceOp op, int size) {

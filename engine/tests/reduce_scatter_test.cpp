@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "collectives/reduce_scatter.hpp"
+
 #include <algorithm>
 
 #include "collectives/parts.hpp"
@@ -9,7 +11,7 @@ namespace {
 
 using namespace test;
 
-const Test reduce_scatter("reduce_scatter: any count, also into the input", Runs::on_ranks, [] {
+const Test any_count("reduce_scatter: any count, also into the input", Runs::on_ranks, [] {
   for_each_layout([](const Layout& layout) {
     const auto size = static_cast<std::size_t>(layout.group.size());
     const auto own = static_cast<std::size_t>(layout.group.rank());
@@ -29,9 +31,10 @@ const Test reduce_scatter("reduce_scatter: any count, also into the input", Runs
         const Bytes wanted = reduce_in_order(own_blocks, with_scale(dtype, op, layout.group.size()));
         Bytes output(num_bytes);
         Bytes input = inputs[own];
-        const auto first = layout.engine.reduce_scatter(layout.group, parts(inputs[own]), output, {.dtype = dtype, .op = op});
+        const Reduction reduction{.dtype = dtype, .op = op};
+        const auto first = layout.engine.submit(reduce_scatter(layout.group, parts(inputs[own]), output, reduction));
         const auto place = std::span(input).subspan(own * num_bytes, num_bytes);
-        const auto second = layout.engine.reduce_scatter(layout.group, parts(input), place, {.dtype = dtype, .op = op});
+        const auto second = layout.engine.submit(reduce_scatter(layout.group, parts(input), place, reduction));
         finish(layout.engine, first);
         finish(layout.engine, second);
         const std::string what = layout.name + ": " + std::to_string(count) + " " + name(dtype);
@@ -40,7 +43,7 @@ const Test reduce_scatter("reduce_scatter: any count, also into the input", Runs
       }
     }
     Bytes output(4);
-    expect_throws<std::invalid_argument>([&] { layout.engine.reduce_scatter(layout.group, {}, output, {}); }, "0 inputs for");
+    expect_throws<std::invalid_argument>([&] { reduce_scatter(layout.group, {}, output, {}); }, "0 inputs for");
   });
 });
 
@@ -48,7 +51,7 @@ const Test uneven("reduce_scatter: parts of different lengths, some empty", Runs
   for_each_layout([](const Layout& layout) {
     const auto own = static_cast<std::size_t>(layout.group.rank());
     const auto count = [](std::size_t rank) { return rank * 100003; };
-    std::vector<std::vector<Bytes>> inputs;  // of each rank, for each
+    std::vector<std::vector<Bytes>> inputs;  // indexed by source rank, then by target rank
     for (int rank = 0; rank < layout.group.size(); ++rank) {
       inputs.emplace_back();
       for (std::size_t part = 0; part < static_cast<std::size_t>(layout.group.size()); ++part) {
@@ -59,7 +62,7 @@ const Test uneven("reduce_scatter: parts of different lengths, some empty", Runs
     for (const auto& of_rank : inputs) own_parts.push_back(of_rank[own]);
     Bytes output(count(own) * 4);
     const std::vector<std::span<const std::byte>> spans(inputs[own].begin(), inputs[own].end());
-    finish(layout.engine, layout.engine.reduce_scatter(layout.group, spans, output, {}));
+    finish(layout.engine, reduce_scatter(layout.group, spans, output, {}));
     expect(output == reduce_in_order(own_parts, {}), layout.name);
   });
 });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is said of ranks for which others wait.
+// Tests of the reports about ranks for which others wait.
 #include "runtime/status.hpp"
 
 #include <sys/prctl.h>
@@ -41,7 +41,7 @@ std::vector<Origin> origins(int count) {
 const Wait in_barrier{{.collective = Collective::barrier}, 1000};
 const Wait in_gather{{.collective = Collective::all_gather, .count = 8}, 1000};
 
-const Test sentence("status: one sentence names those who are missing, and where the others wait", Runs::alone, [] {
+const Test sentence("status: one sentence names the missing ranks, and where the others wait", Runs::alone, [] {
   const std::vector<Snapshot> snapshots{
       {0, State::running, place("train_step", 7, true), in_gather},
       {1, State::running, place("train_step", 7, true), in_gather},
@@ -52,29 +52,35 @@ const Test sentence("status: one sentence names those who are missing, and where
   };
   const std::string said = describe_stall(snapshots, origins(6), "");
   const std::string since = said.substr(said.find("since ") + 6, 8);
-  expect_equal(said,
-               std::string("rank 3 (node1, process 103) is stopped by a signal; it is in train_step, train.py:7, since ") + since +
-                   "; rank 4 (node1, process 104) does not answer: it or its machine is stopped, or the network is cut; "
-                   "rank 5 (node1, process 105) has called nothing of the trainer yet; ranks 0 and 1 wait in "
-                   "train_step, train.py:7 (all_gather(8 uint8)); rank 2 waits in evaluate, train.py:9 (barrier())", "text");
+  expect_equal(
+      said,
+      std::string("rank 3 (node1, process 103) is stopped by a signal; it is in train_step, train.py:7, since ") +
+          since +
+          "; rank 4 (node1, process 104) does not answer: it or its machine is stopped, or the network is cut; "
+          "rank 5 (node1, process 105) has not called the trainer yet; ranks 0 and 1 wait in "
+          "train_step, train.py:7 (all_gather(8 uint8)); rank 2 waits in evaluate, train.py:9 (barrier())",
+      "text");
 });
 
-const Test nobody("status: all wait, for each other", Runs::alone, [] {
+const Test nobody("status: all ranks wait for each other", Runs::alone, [] {
   const std::vector<Snapshot> snapshots{{0, State::running, place("train_step", 7, false), in_gather},
                                         {1, State::running, {}, in_barrier},
                                         {2, State::running, {}, in_barrier}};
   expect_equal(describe_stall(snapshots, origins(3), ""),
-               std::string("all ranks wait, but not for the same: rank 0 waits in all_gather(8 uint8); ranks 1 and 2 "
-                           "wait in barrier()"), "text");
+               std::string("all ranks wait, but in different calls: rank 0 waits in all_gather(8 uint8); ranks 1 and 2 "
+                           "wait in barrier()"),
+               "text");
 });
 
-const Test dead("status: what killed a rank, where that is known", Runs::alone, [] {
-  const std::string said = describe_stall({{1, State::dead, place("train_step", 7, true), {}}}, origins(2), " (memory)");
-  expect(said.starts_with("rank 1 (node0, process 101) is dead: killed, or ended without a word (memory); it is in "
-                          "train_step, train.py:7, since "), said);
+const Test dead("status: the cause of a death, if it is known", Runs::alone, [] {
+  const std::string said = describe_stall({{1, State::dead, place("train_step", 7, true), {}}}, origins(2),
+                                          " (memory)");
+  expect(said.starts_with("rank 1 (node0, process 101) is dead: killed, or ended without a message (memory); it is in "
+                          "train_step, train.py:7, since "),
+         said);
 });
 
-const Test processes("status: a process that runs, is stopped, and dead, whatever its name", Runs::alone, [] {
+const Test processes("status: a process that runs, is stopped or is dead, whatever its name", Runs::alone, [] {
   const pid_t child = fork();
   if (child == 0) {
     prctl(PR_SET_NAME, "a\nb) S (c");

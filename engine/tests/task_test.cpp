@@ -15,7 +15,7 @@ namespace {
 
 using namespace test;
 
-// A coroutine's parameters and locals live until it is destroyed; a reference must outlive it.
+// A coroutine's parameters and locals live until it is destroyed; an object that it refers to must outlive it.
 Task count_up(int& stage, const bool& gate, std::shared_ptr<int> token) {
   const std::vector<int> local(1000, *token);
   for (int i = 0; i < 2; ++i) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tests' own few words. A Test at namespace scope registers itself; main.cpp runs it in a process of its own, or,
-// if it says so, on 1, 2, 3 and 4 MPI ranks. Expectations that fail are counted and the test goes on, so that ranks
+// A small test framework. A Test at namespace scope registers itself; main.cpp runs it in its own process, or, if the
+// test says so, on 1, 2, 3 and 4 MPI ranks. Expectations that fail are counted and the test continues, so that ranks
 // stay in step.
 #pragma once
 
@@ -25,8 +25,7 @@ struct Test {
 void fail(const std::string& what, std::source_location where = std::source_location::current());
 int num_failures();
 
-inline void expect(bool holds, const std::string& what,
-                   std::source_location where = std::source_location::current()) {
+inline void expect(bool holds, const std::string& what, std::source_location where = std::source_location::current()) {
   if (!holds) fail(what, where);
 }
 
@@ -39,7 +38,7 @@ void expect_equal(const A& found, const B& wanted, const std::string& what,
   fail(text.str(), where);
 }
 
-// `call` must throw an Error whose text contains `part`.
+// Expects `call` to throw an Error whose text contains `part`.
 template <class Error, class Call>
 void expect_throws(const Call& call, const std::string& part,
                    std::source_location where = std::source_location::current()) {
@@ -55,10 +54,10 @@ void expect_throws(const Call& call, const std::string& part,
   fail("no error, wanted \"" + part + "\"", where);
 }
 
-// Says that this machine cannot run the rest of a test.
+// Reports that this machine cannot run the rest of a test.
 void skip(const std::string& why);
 
-// Runs `body` in a forked child; what fails there fails here.
+// Runs `body` in a forked child; a failure there is a failure here.
 void in_child(const std::function<void()>& body, std::source_location where = std::source_location::current());
 
 }  // namespace dtrain::test

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m distributed_trainer`."""
+"""Run the console command: `python -m distributed_trainer`."""
 
 import sys
 
-from .command_line import main
+from .cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,29 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of a run. A caller's own mistake is a ValueError or a TypeError instead."""
+"""Errors of a run. A mistake in the caller's arguments is a ValueError or a TypeError instead."""
 
 
 class DistributedTrainerError(RuntimeError):
-    """Base class of all errors that this package raises for a run."""
+    """Base class of the errors that this package defines.
+
+    A mistake in an argument is a TypeError or ValueError instead. Methods name the other errors that they raise, such
+    as FloatingPointError and OSError.
+
+    Attributes:
+        is_for_rank_0: For this package's own use: whether all ranks raise the same error, so that only rank 0 prints
+            it.
+    """
 
     is_for_rank_0 = False
-    """Whether all ranks raise the same, so that rank 0 alone is to print it."""
 
 
 class MPINotFoundError(DistributedTrainerError):
-    """No usable MPI library, or no engine module built for the one that was found."""
+    """Raised if MPI is not found, or is not one for which this package was built. The message says what to install."""
 
 
 class LaunchError(DistributedTrainerError):
-    """The processes were not started as one MPI job, or not as the script asks for."""
+    """Raised if the processes were not started as one MPI job, or not as the script needs (more than GPUs)."""
 
 
 class MismatchError(DistributedTrainerError):
-    """Ranks disagree on something that must be the same on all of them: model, batch or collective."""
+    """Raised if ranks differ in what must be the same: options, model, batch, weights, versions, order of calls."""
 
 
 class RankLostError(DistributedTrainerError):
-    """A rank was killed, and training cannot go on without it. The same on every rank."""
+    """Raised if a rank was killed, and training cannot continue without it. The same on every rank."""
 
 
 class CheckpointError(DistributedTrainerError):
-    """A checkpoint cannot be written, or what was written cannot be read. The same on every rank."""
+    """Raised if a checkpoint cannot be written, or cannot be read later. The same on every rank."""

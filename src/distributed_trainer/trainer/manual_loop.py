@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Manual loops: the user calls forward, backward and step, as `DistributedTrainer` describes them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import operator
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backend.gather import gather_bytes, raise_together
+from ..checkpoint.checkpointer import Checkpointer
+from ..data.handshake import StepFlags
+from ..errors import MismatchError
+from ..options import TrainerOptions
+from ..replica.streams import first_drawing_module
+from .session import Session
+from .step import check_clip_norm
+
+_HEADER = struct.Struct("<dd?B")  # exchanged before a backward: weight, loss, whether it has a graph, flags
+
+
+class ManualLoop:
+    """State between the calls of a user's loop. It outlives ranks.
+
+    Args:
+        options: Options of the trainer.
+        checkpointer: Makes saves at the start of a backward.
+    """
+
+    def __init__(self, options: TrainerOptions, checkpointer: Checkpointer) -> None:
+        self._options, self._checkpointer = options, checkpointer
+        self._holds_back = False  # whether a `no_sync` block is open
+        self._is_accumulating = False  # whether the last backward was inside a `no_sync` block
+        self._has_run_forward = False  # whether `forward` was used since the last backward
+        self._uses_forward = False  # whether it was ever used
+        self._outputs: list[Any] = []  # results of the model in `forward`, for a loss without a graph
+
+    @contextlib.contextmanager
+    def forward(self, session: Session) -> Iterator[None]:
+        """Surround the model's calls. Local, unless the model has changed: then it is collective, and blocks.
+
+        Raises:
+            ValueError: The trainer was made with `reproducible`.
+        """
+        self._check_options()
+        self._has_run_forward = self._uses_forward = True
+        replica = session.replica
+        if replica.notice_changes():
+            self._gather(session, 0.0, 0.0, False, StepFlags.IS_IN_FORWARD)
+            replica.follow(StepFlags.MODEL_HAS_CHANGED)
+        with contextlib.ExitStack() as stack:
+            if replica.is_forward_collective:
+                stack.enter_context(self._keep_outputs(session.model))
+            with _recorded(session, "forward"), replica.around_step(), replica.around_microbatch():
+                yield
+
+    @contextlib.contextmanager
+    def _keep_outputs(self, model: nn.Module) -> Iterator[None]:
+        """Keep the outputs of the model's calls in the block until the next backward. Local."""
+
+        def keep(_model: nn.Module, _arguments: Any, output: Any) -> None:
+            self._outputs.append(output)
+
+        handle = model.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def backward(
+        self,
+        session: Session,
+        loss: Tensor,
+        weight: float | None,
+        retain_graph: bool | None,
+        create_graph: bool,
+        inputs: Tensor | Sequence[Tensor] | None,
+    ) -> Tensor:
+        """Run `loss.backward()`, and add the sum over all ranks to each `.grad`. Collective, blocks.
+
+        Arguments, result and errors are those of `DistributedTrainer.backward`.
+        """
+        self._check_options()
+        replica = session.replica
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise TypeError(f"loss must be a tensor with one element, not {what}")
+        if weight is not None and not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"weight must be finite and not negative, or None for a sum, not {weight!r}")
+        replica.notice_changes()
+        if create_graph and session.world_size > 1:
+            raise ValueError(
+                "create_graph=True needs one rank: each `.grad` is a sum over the ranks, and this rank has only a part "
+                "of its graph. For gradients within the loss, call torch.autograd.grad(..., create_graph=True)."
+            )
+        if retain_graph and self._options.buffers and session.world_size > 1:
+            raise ValueError(
+                "retain_graph=True does not go with buffers=: each backward combines the ranks' buffers, and would do "
+                "so twice for one forward. Add the losses, and call backward once."
+            )
+        if inputs is not None:
+            inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        if replica.is_forward_collective and not self._has_run_forward:
+            raise ValueError(
+                "the model has BatchNorm or an embedding with max_norm, which act on the global batch only inside of "
+                "`with trainer.forward():`. Call the model there, or, for BatchNorm, make the trainer with "
+                "sync_batchnorm=False."
+            )
+        shares_streams = self._options.split_batches
+        if shares_streams and not self._uses_forward and (name := first_drawing_module(session.model)) is not None:
+            raise ValueError(
+                f"module {name!r} draws random numbers, which would change the script's random streams on each rank in "
+                f"its own way. Call the model inside `with trainer.forward():`, where it draws from a stream of this "
+                f"rank."
+            )
+        is_dummy = weight == 0
+        refusal = replica.leaves.look(loss) if inputs is None else replica.leaves.look_at(inputs)
+        refusal = replica.refuse_hooks(session.world_size > 1) or refusal
+        if not self._is_accumulating:
+            refusal = replica.leaves.unsummed() or refusal
+        replica.check_batchnorm()  # all forwards are over
+        losses, fractions, flags = self._exchange(session, loss, weight, refusal, replica.prepare(keep=True))
+        self._checkpointer.maybe_save(flags, session)
+        replica.follow(flags, aligns=False)
+        if not self._is_accumulating:
+            replica.start(flags, keep=True)
+        self._is_accumulating = self._holds_back
+        own = fractions[session.rank]
+        with (
+            _recorded(session, "backward"),
+            replica.around_backward(is_dummy),
+        ):
+            scaled = loss if is_dummy or own == 1 else loss * own
+            options = {"retain_graph": retain_graph, "create_graph": create_graph}
+            replica.backward(scaled, self._outputs, is_dummy, not self._holds_back, inputs, **options)
+        keeps_graph = create_graph if retain_graph is None else retain_graph
+        self._has_run_forward = self._has_run_forward and keeps_graph
+        if not keeps_graph:
+            self._outputs = []
+        replica.combine_buffers(own)
+        if not self._holds_back:
+            replica.check_batchnorm()
+            source = next(rank for rank, fraction in enumerate(fractions) if fraction)
+            with _recorded(session, "exchange"):
+                replica.finish([], None, source, has_samples=not is_dummy)
+        value = sum(fraction * other for fraction, other in zip(fractions, losses, strict=True) if fraction)
+        return torch.tensor(value, dtype=loss.dtype, device=loss.device)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keep the gradients of backwards in the block on this rank. Local."""
+        self._holds_back = True
+        try:
+            yield
+        finally:
+            self._holds_back = False
+
+    def step(
+        self,
+        session: Session,
+        optimizer: torch.optim.Optimizer,
+        closure: Callable[[], Any] | None,
+        clip_norm: float | None,
+    ) -> bool:
+        """Make the optimizer's step; return whether it was made. Collective.
+
+        Arguments and errors are those of `DistributedTrainer.step`.
+        """
+        check_clip_norm(clip_norm)
+        if self._is_accumulating:
+            raise ValueError(
+                "the last backward was inside no_sync(), so no rank has the sums. Call backward outside of it first."
+            )
+        if closure is not None and (clip_norm is not None or self._options.shards_optimizer):
+            raise ValueError('a closure does not go with clip_norm or shard="optimizer": clip inside of the closure')
+        if (text := session.replica.leaves.unsummed()) is not None:
+            raise ValueError(text)
+        with _recorded(session, "optimizer"):
+            return session.replica.update(optimizer, clip_norm, closure)
+
+    def _exchange(
+        self, session: Session, loss: Tensor, weight: float | None, refusal: str | None, other_flags: int
+    ) -> tuple[list[float], list[float], int]:
+        """Return each rank's loss and fraction of the weight, and the flags of any rank. Collective, blocks.
+
+        Raises:
+            ValueError: Some rank has a reason why no rank may begin the backward. The same on every rank.
+            RuntimeError: No rank's loss has a graph. The same on every rank.
+        """
+        is_sum = weight is None
+        if not loss.requires_grad and session.replica.is_forward_collective and not self._outputs:
+            refusal = refusal or (
+                f"the loss of rank {session.rank} has no graph, and the model was not called as a whole in "
+                f"trainer.forward, so the rank cannot take part in its backward. Add 0 * outputs.sum() to the loss."
+            )
+        own_flags = self._checkpointer.flags | other_flags
+        if refusal is not None or session.replica.leaves.has_others:
+            own_flags |= StepFlags.REFUSES
+        own = math.nan if weight is None else weight, loss.item(), loss.requires_grad, own_flags
+        weights, losses, has_graph, flags = self._gather(session, *own)
+        if flags & StepFlags.REFUSES:
+            raise_together(session.groups.steps, None if refusal is None else ValueError(refusal))
+            session.replica.leaves.check_shared()
+        if len({math.isnan(other) for other in weights}) > 1:
+            raise MismatchError("some ranks pass weight=None to backward, others a number. Pass the same kind on all.")
+        if not any(has_graph):
+            loss.backward()  # type: ignore[no-untyped-call]  # raises torch's own error
+        total = 1.0 if is_sum else sum(weights)
+        if total == 0:
+            raise ValueError("weight is 0 on every rank, so the mean is over nothing; skip this backward on all ranks")
+        fractions = [(1.0 if is_sum else other) / total for other in weights]
+        return losses, fractions, flags
+
+    @staticmethod
+    def _gather(
+        session: Session, weight: float, loss: float, has_graph: bool, flags: int
+    ) -> tuple[list[float], list[float], list[bool], int]:
+        """Return each rank's weight, loss and whether that has a graph; and the flags of any. Collective, blocks."""
+        with _recorded(session, "agreement"):
+            rows = gather_bytes(session.groups.steps, _HEADER.pack(weight, loss, has_graph, flags))
+        weights, losses, have_graphs, all_flags = map(list, zip(*map(_HEADER.unpack, rows), strict=True))
+        in_forward = [bool(flags & StepFlags.IS_IN_FORWARD) for flags in all_flags]
+        if len(set(in_forward)) > 1:
+            raise MismatchError(
+                f"the model has changed on rank {in_forward.index(True)}, which is in forward, and not on rank "
+                f"{in_forward.index(False)}, which is in backward. Change the model the same way on every rank, at the "
+                f"same place of the loop."
+            )
+        return weights, losses, have_graphs, functools.reduce(operator.or_, all_flags)
+
+    def _check_options(self) -> None:
+        if self._options.reproducible is not None:
+            raise ValueError("reproducible= works with train_step, which cuts batches into shards, not in manual loops")
+
+
+@contextlib.contextmanager
+def _recorded(session: Session, phase: str) -> Iterator[None]:
+    """Record a phase for `profile`. Local."""
+    began = time.perf_counter()
+    yield
+    recorder = session.replica.gradients.recorder
+    if recorder is not None:
+        recorder.add_slice(phase, began, time.perf_counter())

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step from batch to summed gradients: this rank's part, forward and backward of its microbatches, the sums."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.checkpointer import Checkpointer
+from ..data.batch import call_model, to_device
+from ..data.handshake import StepFlags
+from ..data.loss_weight import local_loss, loss_terms
+from ..data.partition import Microbatch, dummy_of
+from ..metrics.step_clock import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, StepClock
+from ..options import TrainerOptions
+from .auto_microbatch import MicrobatchesTooLarge
+from .session import Session
+
+
+class ReplacementWaits(Exception):
+    """Raised if the step is to begin again with one more rank. The same on every rank."""
+
+
+class TrainStep:
+    """The part of `train_step` before the optimizer.
+
+    Args:
+        options: Options of the trainer.
+        device: Where this rank computes.
+        clock: Measures the phases of the step.
+        checkpointer: Makes saves at the start of the step.
+
+    Attributes:
+        num_samples: Number of samples of the last step's global batch, divided by the number of ranks.
+    """
+
+    def __init__(
+        self, options: TrainerOptions, device: torch.device, clock: StepClock, checkpointer: Checkpointer
+    ) -> None:
+        self._device, self._clock, self._checkpointer = device, clock, checkpointer
+        self.num_samples = 0.0
+        self._waits_for_device = options.balance_speed and device.type != "cpu"
+
+    def run(
+        self,
+        session: Session,
+        inputs: Any,
+        targets: Any,
+        criterion: Callable[..., Any],
+        counts: Callable[[], bool],
+        is_whole: bool,
+        other_flags: int,
+        num_microbatches: int,
+    ) -> tuple[list[float], Any]:
+        """Compute a step up to the summed gradients. Collective, blocks.
+
+        Args:
+            session: The ranks.
+            inputs: Inputs of the global batch, or of this rank's part.
+            targets: Targets of the same samples.
+            criterion: Loss of the same samples.
+            counts: Function that returns whether these samples count, if they are a part.
+            is_whole: Whether every rank passes the same batch.
+            other_flags: This rank's `StepFlags`, besides those about saves.
+            num_microbatches: Number of microbatches; each is computed in `Session.num_pieces` pieces.
+
+        Returns:
+            Sums of the loss's terms over all ranks, in float64, and the loss's structure.
+
+        Raises:
+            ReplacementWaits: A process is to be admitted first.
+            MicrobatchesTooLarge: Memory ran out on some rank, with `microbatches="auto"`.
+        """
+        replica, clock = session.replica, self._clock
+        sees_parts = session.world_size > 1 or num_microbatches > 1 or session.options.reproducible is not None
+        refusal = replica.refuse_hooks(sees_parts)
+        # Read in each attempt: an earlier one may have saved, or was made among other ranks.
+        flags = self._checkpointer.flags | other_flags | replica.prepare()
+        batch, flags = session.handshake.local_batch(
+            inputs,
+            targets,
+            criterion,
+            counts,
+            num_microbatches * session.num_pieces,
+            is_whole,
+            flags,
+            None if refusal is None else ValueError(refusal),
+        )
+        self.num_samples = batch.global_samples / session.world_size
+        if flags:
+            self._checkpointer.maybe_save(flags, session)
+            if flags & StepFlags.REPLACEMENT_WAITS:
+                raise ReplacementWaits
+        replica.follow(flags)
+        replica.start(flags)
+        clock.mark(AGREEMENT)
+        began = clock.computed() - replica.waited_seconds
+        loss, values = None, []
+        with replica.around_step():
+            for number, microbatch in enumerate(batch.microbatches, 1):
+                is_last = number == len(batch.microbatches)
+                loss, terms = self._run_microbatch(session, microbatch, batch.total, is_last)
+                values.append(terms)
+                has_memory = session.auto_microbatch.shortage is None
+                replica.combine_buffers(microbatch.num_samples if has_memory else 0)
+        replica.check_batchnorm()
+        if session.auto_microbatch.ranks_lack_memory():
+            replica.abandon()
+            raise MicrobatchesTooLarge(batch.longest)
+        values = [[float(value) for value in terms] for terms in values]
+        result = replica.finish(values, loss, batch.source, batch.num_samples > 0)
+        clock.mark(EXCHANGE)
+        session.handshake.balance.record_step(clock.computed() - replica.waited_seconds - began, batch.num_samples)
+        return result
+
+    def _run_microbatch(
+        self, session: Session, microbatch: Microbatch, total: float, is_last: bool
+    ) -> tuple[Any, list[Any]]:
+        """Run forward and backward of a microbatch; return its loss and the loss's terms.
+
+        Once memory has run out, this rank only makes the calls for which other ranks wait: with BatchNorm a dummy makes
+        them, and `Replica.abandon` sends the buckets that the microbatch has not sent.
+        """
+        replica, memory = session.replica, session.auto_microbatch
+        if memory.shortage is None:
+            try:
+                context = replica.around_microbatch(microbatch.is_dummy)
+                return self._run_in(context, session, microbatch, total, is_last)
+            except Exception as error:
+                if not memory.catches(error):
+                    raise
+            context, is_last = replica.around_completion(), False
+        else:
+            context = replica.around_microbatch()
+        if not replica.is_forward_collective:
+            return None, []
+        return self._run_in(context, session, dummy_of(microbatch), total, is_last)
+
+    def _run_in(
+        self,
+        context: contextlib.AbstractContextManager[object],
+        session: Session,
+        microbatch: Microbatch,
+        total: float,
+        is_last: bool,
+    ) -> tuple[Any, list[Any]]:
+        with context:
+            outputs, loss, terms = self._forward(session, microbatch, total)
+            self._clock.mark(FORWARD)
+            replica, whole = session.replica, functools.reduce(operator.add, terms)
+            replica.object(replica.leaves.look(whole, finds_others=True))
+            with replica.leaves.no_gradients_of_others():
+                replica.backward(whole, outputs, microbatch.is_dummy, is_last)
+            if self._waits_for_device:
+                torch.accelerator.synchronize()  # measure the device's time, not the host's
+            self._clock.mark(BACKWARD)
+        return loss, [0.0 if microbatch.is_dummy else term.detach() for term in terms]
+
+    def _forward(self, session: Session, microbatch: Microbatch, total: float) -> tuple[Any, Any, list[Tensor]]:
+        """Return outputs, loss in the criterion's structure, scaled to its share of the global loss, and its terms."""
+        outputs = call_model(session.model, to_device(microbatch.inputs, self._device))
+        targets, criterion = to_device(microbatch.targets, self._device), microbatch.criterion
+        if microbatch.is_dummy:
+            loss = criterion(outputs, targets)
+        else:
+            loss = local_loss(criterion, outputs, targets, microbatch.weight, total)
+        return outputs, loss, loss_terms(criterion, loss)
+
+
+def check_arguments(
+    options: TrainerOptions, criterion: Any, microbatches: Any, weight: Any, clip_norm: float | None
+) -> None:
+    """Check arguments of `train_step` that need no communication. Local.
+
+    Raises:
+        TypeError: The criterion is not callable.
+        ValueError: Another argument is not as `DistributedTrainer.train_step` describes it.
+    """
+    if not callable(criterion):
+        raise TypeError(f"criterion must be callable, such as nn.CrossEntropyLoss(), not {criterion!r}")
+    is_auto = microbatches == "auto"
+    if not is_auto and (not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1):
+        raise ValueError(f'microbatches must be an int of at least 1, or "auto", not {microbatches!r}')
+    if is_auto and options.power_sgd is not None:
+        raise ValueError(
+            'microbatches="auto" does not go with PowerSGD: a repeated step would lose what PowerSGD kept of earlier '
+            "steps. Pass a number."
+        )
+    if microbatches != 1 and options.reproducible is not None:
+        raise ValueError("reproducible= computes each shard by itself: leave microbatches out, or make more shards")
+    if weight is not None and not callable(weight) and (options.split_batches or microbatches != 1):
+        raise ValueError(
+            f"weight={weight!r} is the weight of this rank's whole part, but the batch is cut into smaller ones: pass "
+            f"a function of the targets, such as lambda targets: (targets != PAD).sum()"
+        )
+    check_clip_norm(clip_norm)
+
+
+def check_clip_norm(clip_norm: float | None) -> None:
+    """Raise ValueError for a norm to which gradients cannot be scaled. Local."""
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be above 0, not {clip_norm!r}")

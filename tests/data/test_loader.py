@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of trainer.loader: each rank reads its part, and the samples and their order are those of one process."""
+
+import functools
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from one_process import accumulated_step, assert_same
+from ranks import mixed_and_four, on_ranks, one_node
+from small_models import F64, Net, NormNet, Squares, batch, sgd
+from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset, default_collate
+
+from distributed_trainer import RankLostError, create_distributed_trainer
+from distributed_trainer.data.loader import ShardedDataLoader
+from distributed_trainer.data.position import DataPosition
+from distributed_trainer.data.split import part_bounds
+
+
+def part_of(rank, world_size):
+    return lambda: functools.partial(part_bounds, rank=rank, world_size=world_size)
+
+
+class Stream(IterableDataset):
+    def __init__(self, num_samples):
+        self.num_samples = num_samples
+
+    def __iter__(self):
+        yield from range(self.num_samples)
+
+
+def whole(loader_of, num_ranks):
+    """Return the global batches that the parts of all ranks make up."""
+    parts = zip(*(loader_of(rank) for rank in range(num_ranks)), strict=True)
+    return [[torch.cat(tensors) for tensors in zip(*part, strict=True)] for part in parts]
+
+
+SIZES = {0: [], 1: [1], 10: [5, 5], 17: [5, 5, 5, 2]}  # sizes of the batches, by the number of samples
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("num_samples", SIZES)
+def test_same_for_any_number_of_ranks(num_samples, shuffle):
+    """Batches, their order in three epochs, and the samples' random numbers are the same for any number of ranks."""
+    epochs = {}
+    for num_ranks in (1, 2, 3, 4):
+        parts = [part_of(rank, num_ranks) for rank in range(num_ranks)]
+        loaders = [ShardedDataLoader(Squares(num_samples), 5, part, 7, shuffle=shuffle) for part in parts]
+        epochs[num_ranks] = [whole(loaders.__getitem__, num_ranks) for _ in range(3)]
+        assert all(len(loader) == -(-num_samples // 5) for loader in loaders)
+        for epoch in epochs[num_ranks]:
+            assert [len(index) for index, _ in epoch] == SIZES[num_samples]
+            assert sorted(i for index, _ in epoch for i in index.tolist()) == list(range(num_samples))
+        torch.testing.assert_close(epochs[num_ranks], epochs[1], rtol=0, atol=0)
+    if num_samples > 5:
+        orders = [[i for index, _ in epoch for i in index.tolist()] for epoch in epochs[1]]
+        assert (orders[0] != orders[1]) == shuffle
+        draws = [torch.cat([drawn for _, drawn in epoch]) for epoch in epochs[1]]
+        assert not torch.equal(draws[0], draws[1])
+        assert len(draws[0].unique()) == draws[0].numel()
+
+
+def test_reads_its_part_only():
+    datasets = [Squares(17) for _ in range(3)]
+    for rank, dataset in enumerate(datasets):
+        list(ShardedDataLoader(dataset, 5, part_of(rank, 3), 7))
+    # Rank 2 has none of the last 2 samples, and reads one for its shape.
+    assert [len(dataset.read) for dataset in datasets] == [7, 7, 4]
+
+
+def test_own_streams_go_on():
+    """Reading samples does not change the user's random streams."""
+    torch.manual_seed(3)
+    expected = torch.rand(2).tolist()
+    torch.manual_seed(3)
+    loader = iter(ShardedDataLoader(Squares(10), 5, part_of(0, 2), 7))
+    drawn = []
+    for _ in range(2):
+        next(loader)
+        drawn.append(torch.rand(()).item())
+    assert drawn == expected
+
+
+def test_workers():
+    """Two forked workers give the same samples as no workers."""
+    options = [{"shuffle": True, "num_workers": number} for number in (0, 2)]
+    loaders = [ShardedDataLoader(Squares(17), 5, part_of(1, 2), 7, **own) for own in options]
+    for _ in range(2):
+        torch.testing.assert_close(*(list(loader) for loader in loaders), rtol=0, atol=0)
+
+
+class ShuffledStream(Stream):
+    """Iterable dataset that shuffles, as its samples do, by all random streams."""
+
+    def __iter__(self):
+        order = np.random.permutation(self.num_samples).tolist()
+        random.shuffle(order)
+        for index in order:
+            yield index, torch.rand(2)
+
+
+def mixed_up(samples):
+    """Collate samples with a weight for the batch, and an order of the part."""
+    weight, order = np.random.beta(0.4, 0.4), torch.randperm(len(samples))
+    return torch.tensor([weight] * len(samples)), default_collate(samples), order, random.random()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_draws(num_workers):
+    """Draws of an iterable dataset and of a collate function follow from the seed; the script's streams stay alone."""
+
+    def read(num_ranks, first=0, workers=num_workers):
+        epochs = []
+        loaders = [
+            ShardedDataLoader(
+                ShuffledStream(13), 5, part_of(rank, num_ranks), 7, collate_fn=mixed_up, num_workers=workers
+            )
+            for rank in range(num_ranks)
+        ]
+        for loader in loaders:
+            loader.load_state_dict({"epoch": 0, "num_read": first, "seed": 7})
+        for _ in range(2):
+            batches = [[] for _ in range(3)]
+            for loader in loaders:
+                torch.rand(3), random.random(), np.random.rand()  # by the script
+                before = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
+                for number, (weight, (index, drawn), _, common) in enumerate(loader, loader.position.num_read):
+                    batches[number] += zip(
+                        weight.tolist(), index.tolist(), drawn.tolist(), [common] * len(index), strict=True
+                    )
+                assert torch.equal(torch.get_rng_state(), before[0])
+                assert (random.getstate(), np.random.get_state()[2]) == before[1:]
+            epochs.append(batches)
+        return epochs
+
+    expected = read(1, workers=0)
+    assert read(1) == read(2) == read(3) == expected
+    first, second = ([index for batch in epoch for _, index, *_ in batch] for epoch in expected)
+    assert sorted(first) == sorted(second) == list(range(13))
+    assert list(range(13)) != first != second
+    assert len({weight for epoch in expected for batch in epoch for weight, *_ in batch}) == 6
+    assert read(2, first=1)[0][1:] == expected[0][1:], "resumed"
+
+
+def test_drop_last():
+    loader = ShardedDataLoader(Squares(17), 5, part_of(1, 2), 7, drop_last=True)
+    assert len(loader) == 3
+    assert [len(index) for index, _ in loader] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("make", [Squares, Stream])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resume(make, num_workers):
+    """A loader resumes at any step with the rest of the epoch, then the next epochs."""
+
+    def read(loader):
+        return [part[0].tolist() if make is Squares else part.tolist() for part in loader]
+
+    options = {"num_workers": num_workers} | ({"shuffle": True} if make is Squares else {})
+    expected = ShardedDataLoader(make(17), 5, part_of(0, 2), 7, **options)
+    epochs = [read(expected) for _ in range(3)]
+    for num_read in range(5):
+        first = ShardedDataLoader(make(17), 5, part_of(0, 2), 7, **options)
+        assert read(first) == epochs[0]
+        for _, part in zip(range(num_read), first, strict=False):
+            state = first.state_dict()
+            assert part is not None
+        if num_read == 0:
+            state = first.state_dict()
+        resumed = ShardedDataLoader(make(17), 5, part_of(0, 2), 8, **options)  # the seed is part of the state
+        resumed.load_state_dict(state)
+        assert read(resumed) == epochs[1][num_read:]
+        assert read(resumed) == epochs[2]
+
+
+def test_left_early():
+    """After an iteration that ended early, the next iteration is a new epoch."""
+    loader = ShardedDataLoader(Squares(17), 5, part_of(0, 1), 7)
+    next(iter(loader))
+    assert loader.state_dict() == {"epoch": 0, "num_read": 1, "seed": 7}
+    assert len(list(loader)) == 4
+    assert loader.state_dict() == {"epoch": 2, "num_read": 0, "seed": 7}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_iterable(num_workers):
+    loaders = [ShardedDataLoader(Stream(12), 5, part_of(rank, 3), 7, num_workers=num_workers) for rank in range(3)]
+    parts = [[part.tolist() for part in loader] for loader in loaders]
+    assert parts == [[[0, 1], [5, 6], [10]], [[2, 3], [7, 8], [11]], [[4], [9], []]]
+    with pytest.raises(TypeError, match="has no length"):
+        len(loaders[0])
+
+
+def test_wrong_arguments():
+    for options, text in [
+        ({"batch_size": 0}, "batch_size, .* must be an int of at least 1, not 0"),
+        ({"sampler": range(3)}, "sampler cannot be used with trainer.loader"),
+        ({"batch_sampler": [[0]]}, "batch_sampler cannot be used with"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            ShardedDataLoader(Squares(10), **{"batch_size": 5, "split": part_of(0, 1), "seed": 7, **options})
+    with pytest.raises(ValueError, match="shuffle=True needs a dataset with an index"):
+        ShardedDataLoader(Stream(10), 5, part_of(0, 1), 7, shuffle=True)
+    with pytest.raises(ValueError, match="num_workers=1"):
+        ShardedDataLoader(Stream(10), 5, part_of(0, 1), 7, num_workers=2)
+
+
+@pytest.mark.parametrize("net", [Net, NormNet])
+@mixed_and_four
+def test_training(world, net):
+    """Compare with one process on whole batches; some ranks have no part of the last batch of an epoch."""
+    x, y = batch(14, F64)
+    model, reference = net(F64), net(F64)
+    trainer = create_distributed_trainer(model)
+    loader = trainer.loader(TensorDataset(x, y, torch.arange(14)), 6, shuffle=True)
+    optimizer, plain_optimizer = sgd(model), sgd(reference)
+    orders = []
+    for _ in range(3):
+        for inputs, targets, index in loader:
+            indices = [i for part in world.gather(index.tolist()) for i in part]
+            orders.append(indices)
+            tensors = (x[indices], y[indices])
+            accumulated_step(reference, tensors, 1, len, nn.CrossEntropyLoss(), plain_optimizer)
+            trainer.train_step(inputs, targets, nn.CrossEntropyLoss(), optimizer)
+    assert [len(order) for order in orders] == [6, 6, 2] * 3
+    assert sorted(itertools.chain(*orders[:3])) == list(range(14))
+    assert orders[:3] != orders[3:6]
+    assert_same(model, reference, 1e-9)
+    trainer.close()
+
+
+@one_node
+def test_dropout_differs(world):
+    """Dropout differs between ranks that read parts; other random numbers stay the same on all ranks."""
+    model = nn.Sequential(nn.Linear(3, 40), nn.Dropout())
+    trainer = create_distributed_trainer(model)
+    loader = trainer.loader(TensorDataset(torch.ones(8, 3), torch.zeros(8, 40)), 8)
+    masks = []
+    model.register_forward_hook(lambda module, inputs, output: masks.append(tuple((output[0] == 0).tolist())))
+    for inputs, targets in loader:
+        trainer.train_step(inputs, targets, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
+    assert len(set(world.gather(masks[0]))) == world.size
+    assert len(set(world.gather(torch.rand(()).item()))) == 1
+    trainer.close()
+
+
+@on_ranks(2)
+def test_not_after_whole_batches(world):
+    trainer = create_distributed_trainer(model := Net(F64))
+    trainer.train_step(*batch(8, F64), nn.CrossEntropyLoss(), sgd(model))
+    with pytest.raises(ValueError, match="has trained on whole batches"):
+        trainer.loader(TensorDataset(*batch(8, F64)), 4)
+    trainer.close()
+
+
+def test_seed():
+    """The seed of torch decides the order."""
+    orders = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        trainer = create_distributed_trainer(nn.Linear(1, 1))
+        orders.append(torch.cat([part for part, _ in trainer.loader(Squares(20), 2, shuffle=True)]).tolist())
+        trainer.close()
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_epochs():
+    """The loop runs over all epochs, or over those that remain after the loader's state, the first from its middle."""
+    trainer = create_distributed_trainer(nn.Linear(1, 1))
+    loader = trainer.loader(Squares(6), 2, shuffle=True)
+    seen = {epoch: [part.tolist() for part, _ in loader] for epoch in trainer.epochs(3)}
+    assert list(seen) == [0, 1, 2]
+    state = {"epoch": 1, "num_read": 2, "seed": loader.state_dict()["seed"]}
+    resumed = trainer.loader(Squares(6), 2, shuffle=True)
+    resumed.load_state_dict(state)
+    rest = {epoch: [part.tolist() for part, _ in resumed] for epoch in trainer.epochs(3)}
+    assert rest == {1: seen[1][2:], 2: seen[2]}
+    assert list(trainer.epochs(2)) == [0, 1]  # the state was used up by the first loop
+    for wrong in (-1, 2.0, True):
+        with pytest.raises(ValueError, match="num_epochs must be an int of at least 0"):
+            list(trainer.epochs(wrong))
+    trainer.close()
+
+
+class Captions(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.full((2,), float(index)), f"caption {index}"
+
+
+def test_read_again_with_lists():
+    """When the ranks have changed, the lists of a batch are read again as its tensors are."""
+    positions, sizes = DataPosition(), [2, 4]
+    loader = ShardedDataLoader(Captions(), 4, lambda: lambda _: (0, sizes[0]), seed=0)
+    positions.add(loader)
+    x, captions = next(iter(loader))
+    assert captions == ("caption 0", "caption 1")
+    sizes.reverse()
+    inputs, targets = positions.read_again({"x": x, "texts": captions, "scale": 2.0}, x)
+    assert len(inputs["x"]) == len(targets) == 4
+    assert inputs["texts"] == tuple(f"caption {index}" for index in range(4))
+    assert inputs["scale"] == 2.0
+    with pytest.raises(RankLostError, match=r"are not the same objects that trainer.loader returned"):
+        positions.read_again(x.clone(), x)
