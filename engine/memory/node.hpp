@@ -58,6 +58,10 @@ class Node {
   // that node map it.
   Mapping share_one(std::size_t num_bytes, std::span<const int> ranks, const AllGather& all_gather) const;
 
+  // Ends sharing; memory that is shared stays mapped. An engine that has a successor calls it, since Python may keep
+  // the engine alive for long. Local.
+  void close() { socket_ = Descriptor(); }
+
  private:
   struct Identity;
 

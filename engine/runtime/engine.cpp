@@ -282,6 +282,7 @@ std::shared_ptr<Engine> Engine::continue_over(mpi::Communicator members) {
 void Engine::retire() {
   driver_->close();
   Driver::Pause(*driver_).forget_groups();
+  node_->close();
 }
 
 void Engine::close() {

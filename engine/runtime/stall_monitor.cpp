@@ -39,6 +39,7 @@ constexpr std::int64_t recovery_patience_ms = 10000;
 std::atomic<StatusPage*> handler_page = nullptr;
 std::atomic<int> handler_wake = -1;
 std::atomic<pid_t> handler_pid = 0;
+std::atomic<int> num_in_handler = 0;  // threads that may still use handler_page and handler_wake
 
 void end_by_sigterm() {
   std::signal(SIGTERM, SIG_DFL);
@@ -47,6 +48,7 @@ void end_by_sigterm() {
 
 extern "C" void on_sigterm(int) {
   const int saved_errno = errno;
+  ++num_in_handler;
   StatusPage* page = handler_page;
   if (getpid() != handler_pid || page == nullptr) {
     end_by_sigterm();  // a forked child has no monitor
@@ -55,6 +57,7 @@ extern "C" void on_sigterm(int) {
     const std::uint64_t one = 1;
     static_cast<void>(!write(handler_wake, &one, sizeof(one)));
   }
+  --num_in_handler;
   errno = saved_errno;
 }
 
@@ -119,10 +122,10 @@ StallMonitor::~StallMonitor() {
 void StallMonitor::close() {
   End none = End::none;
   own_.end.compare_exchange_strong(none, End::closed);
+  if (!thread_) return;
   stopping_ = true;
   const std::uint64_t one = 1;
   static_cast<void>(!write(wake_.get(), &one, sizeof(one)));
-  if (!thread_) return;
   thread_->join();
   thread_.reset();
   if (handler_page == &own_) {
@@ -130,6 +133,9 @@ void StallMonitor::close() {
     if (sigaction(SIGTERM, nullptr, &action) == 0 && action.sa_handler == on_sigterm) std::signal(SIGTERM, SIG_DFL);
     handler_page = nullptr;
   }
+  while (num_in_handler != 0) std::this_thread::yield();
+  wake_ = Descriptor();
+  for (Neighbour& neighbour : neighbours_) neighbour.process = Descriptor();
   if (own_.end == End::terminated) end_by_sigterm();
 }
 

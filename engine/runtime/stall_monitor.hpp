@@ -88,7 +88,7 @@ class StallMonitor {
   // Whether all ranks are on this machine, and each living one except this is in a set-up. Any thread.
   bool are_all_in_set_ups();
 
-  // Marks that this rank has ended in good order, and ends the monitor's thread. Local.
+  // Marks that this rank has ended in good order, ends the monitor's thread and closes its descriptors. Local.
   void close();
 
  private:

@@ -169,6 +169,7 @@ def test_killed(tmp_path, kind, num_ranks, ranks_per_node, events, said, num_nam
     for result in results.values():
         check_alike(result, training.KINDS[kind])
         assert result["num_ranks"] == num_ranks - sum(killed for killed, _ in said)
+        assert result["num_watched"] <= num_ranks + 1  # the others, and those that have started this rank
     check_said(err, num_ranks, said, num_named)
 
 
