@@ -183,7 +183,7 @@ def main(folder: Path, name: str, *words: str) -> None:
     """Train, and save the results in the folder."""
     from distributed_trainer import create_distributed_trainer
 
-    gc.disable()  # what a recovery replaces must not need the garbage collector to close its descriptors
+    gc.disable()  # descriptors of what a recovery replaces are closed without the garbage collector
     kind = KINDS[name]
     model, (inputs, targets) = make_model(kind), make_data()
     optimizer = kind.optimizer(model.parameters(), lr=0.01)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -297,9 +298,12 @@ def _with_options(criterion: Any, **options: Any) -> Callable[..., Any]:
 def _class_weight(criterion: Any, targets: Tensor) -> float:
     if targets.is_floating_point():  # class probabilities: a mean over positions, independent of class weights
         return targets.numel() / targets.size(1)
-    ignore_index = _option(criterion, "ignore_index")
-    is_kept = targets != (-100 if ignore_index is None else ignore_index)
+    ignored = _option(criterion, "ignore_index")
+    ignored = -100 if ignored is None else ignored
     class_weights = _option(criterion, "weight")
+    if class_weights is None and type(targets) is Tensor and targets.is_cpu:
+        return float(np.count_nonzero(targets.numpy() != ignored))  # torch takes four times as long for small batches
+    is_kept = targets != ignored
     if class_weights is None:
         return float(is_kept.sum())
     kept = targets[is_kept]
