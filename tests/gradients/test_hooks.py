@@ -11,6 +11,7 @@ from small_models import F64, Net, batch, own_loss, sgd
 from torch import nn
 
 from distributed_trainer import create_distributed_trainer
+from distributed_trainer.gradients.hooks import ParameterHooks
 
 several = on_ranks(2, 3, (3, 2))
 
@@ -131,6 +132,31 @@ def test_hooks_stay_the_users(world):
     step(trainer, sgd(model))
     trainer.close()
     assert list(model.conv.weight._backward_hooks.values()) == [print]
+
+
+@several
+def test_parameters_are_read_once(world, monkeypatch):
+    """Parameters are read again for a hook of the user's, but not for those that a manual loop itself registers."""
+    model = nn.Sequential(nn.Linear(3, 2, dtype=F64), nn.BatchNorm1d(2, dtype=F64))
+    trainer = create_distributed_trainer(model)
+    read = []
+    find = ParameterHooks._find
+    monkeypatch.setattr(ParameterHooks, "_find", lambda self, *named: read.append(named[0]) or find(self, *named))
+
+    def names_read():
+        read.clear()
+        x = torch.randn(8, 3, dtype=F64)
+        with trainer.forward():
+            loss = model(trainer.split(x)).square().sum()
+        trainer.backward(loss, weight=None)
+        return read
+
+    assert names_read() == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert names_read() == []
+    handle = model[0].weight.register_hook(lambda gradient: None)
+    assert len(names_read()) == 4
+    handle.remove()
+    trainer.close()
 
 
 @on_ranks(1)

@@ -114,6 +114,11 @@ class ParameterHooks:
             observed.has_changed = False
         return self._refusal
 
+    def expect_own(self) -> None:
+        """Prepare for a hook of the trainer's, registered next: parameters are not read again for it. Local."""
+        if self._newest == RemovableHandle.next_id:
+            self._newest += 1
+
     def changed(self) -> str | None:
         """Return why the gradients of this step must not be used: a hook has changed one. None if none has. Local."""
         for observed in self._observed:

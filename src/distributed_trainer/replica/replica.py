@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..backend.gather import raise_together
 from ..data import rng
@@ -227,6 +228,11 @@ class Replica:
         """
         self._sees_parts = sees_parts
         return self._hooks.look() if sees_parts else None
+
+    def keep_outputs(self, outputs: list[Any]) -> RemovableHandle:
+        """Append the results of the model's calls to `outputs`, until the handle is removed. Local."""
+        self._hooks.expect_own()
+        return self.model.register_forward_hook(lambda _model, _arguments, output: outputs.append(output))
 
     @contextlib.contextmanager
     def around_step(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backend.gather import gather_bytes, raise_together
 from ..checkpoint.checkpointer import Checkpointer
@@ -58,22 +58,9 @@ class ManualLoop:
             replica.follow(StepFlags.MODEL_HAS_CHANGED)
         with contextlib.ExitStack() as stack:
             if replica.is_forward_collective:
-                stack.enter_context(self._keep_outputs(session.model))
+                stack.callback(replica.keep_outputs(self._outputs).remove)
             with _recorded(session, "forward"), replica.around_step(), replica.around_microbatch():
                 yield
-
-    @contextlib.contextmanager
-    def _keep_outputs(self, model: nn.Module) -> Iterator[None]:
-        """Keep the outputs of the model's calls in the block until the next backward. Local."""
-
-        def keep(_model: nn.Module, _arguments: Any, output: Any) -> None:
-            self._outputs.append(output)
-
-        handle = model.register_forward_hook(keep)
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def backward(
         self,
