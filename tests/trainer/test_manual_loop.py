@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from one_process import assert_same
-from ranks import mixed, on_ranks
+from ranks import mixed, on_ranks, same_message
 from small_models import F64, Net, NormNet, batch, mlp, own_loss, sgd
 from torch import nn
 from torch.distributed.nn.functional import all_gather
@@ -519,6 +519,38 @@ def test_create_graph(world):
     else:
         with pytest.raises(ValueError, match=r"create_graph=True needs one rank"):
             trainer.backward(loss, weight=weight, create_graph=True)
+    trainer.close()
+
+
+@several
+def test_batches_that_differ(world):
+    """Batches given to `split` are compared by the next backward, as they were then; parts may be written to."""
+    model = mlp(6, 3)
+    trainer = create_distributed_trainer(model)
+    optimizer = sgd(model)
+
+    def step(*batches):
+        optimizer.zero_grad()
+        parts = [trainer.split(one) for one in batches]
+        for part in parts:
+            part.add_(world.rank)  # such as noise of this rank's own
+        trainer.backward(sum(model(part).square().sum() for part in parts), weight=None)
+        trainer.step(optimizer)
+
+    def inputs(seed):
+        return torch.randn(9, 6, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+    step(inputs(0), inputs(1))
+    before = copy.deepcopy(model.state_dict())
+    for batches in [(inputs(2 + world.rank),), (inputs(2), inputs(3 + world.rank), inputs(4))]:
+        with pytest.raises(MismatchError, match="batch") as raised:
+            step(*batches)
+        same_message(world, raised)
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    step(inputs(5))
+    if world.rank == 0:
+        trainer.split(inputs(6))  # just to look at it
+    step(inputs(7))
     trainer.close()
 
 

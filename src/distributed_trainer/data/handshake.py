@@ -8,7 +8,7 @@ import functools
 import itertools
 import operator
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -234,6 +234,23 @@ class StepHandshake:
                         f"Give every rank at least one batch."
                     )
         return any(row[0] for row in rows)
+
+    def compare(self, batches: Sequence[tuple[bytes, Mapping[str, Any]]]) -> None:
+        """Compare batches that every rank should have, as many on each rank. Collective, blocks.
+
+        Args:
+            batches: For each of this rank's batches its fingerprint, and its trees by name.
+
+        Raises:
+            MismatchError: The ranks' batches differ. The same on every rank.
+        """
+        rows = gather_bytes(self._group, b"".join(own for own, _ in batches))
+        for number, (_, roots) in enumerate(batches):
+            start = number * FINGERPRINT_BYTES
+            of_ranks = [row[start : start + FINGERPRINT_BYTES] for row in rows]
+            difference = compare_fingerprints(of_ranks, roots, read_devices=True)
+            if difference is not None:
+                raise MismatchError(difference)
 
     def _compare(self, roots: dict[str, Any], flags: int, error: Exception | None) -> int:
         """Compare the ranks' batches; return the union of all ranks' flags. Collective, blocks.

@@ -9,6 +9,7 @@ import math
 import operator
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..backend.gather import gather_bytes, raise_together
 from ..checkpoint.checkpointer import Checkpointer
+from ..data.fingerprint import fingerprint
 from ..data.handshake import StepFlags
 from ..errors import MismatchError
 from ..options import TrainerOptions
@@ -24,7 +26,10 @@ from ..replica.streams import first_drawing_module
 from .session import Session
 from .step import check_clip_norm
 
-_HEADER = struct.Struct("<dd?B")  # exchanged before a backward: weight, loss, whether it has a graph, flags
+# Exchanged before a backward: weight, loss, whether it has a graph, flags, number of batches to compare.
+_HEADER = struct.Struct("<dd?BB")
+
+_MOST_COMPARED = 8  # the last batches that were given to `split` since the last backward
 
 
 class ManualLoop:
@@ -42,6 +47,14 @@ class ManualLoop:
         self._has_run_forward = False  # whether `forward` was used since the last backward
         self._uses_forward = False  # whether it was ever used
         self._outputs: list[Any] = []  # results of the model in `forward`, for a loss without a graph
+        self._batches: deque[tuple[bytes, dict[str, Any]]] = deque(maxlen=_MOST_COMPARED)  # see `note_batch`
+
+    def note_batch(self, roots: dict[str, Any]) -> None:
+        """Make the next backward compare a batch, which every rank has passed to `split`, over the ranks. Local.
+
+        Its fingerprint is taken now, since the script may write to this rank's part.
+        """
+        self._batches.append((fingerprint(roots, read_devices=True), roots))
 
     @contextlib.contextmanager
     def forward(self, session: Session) -> Iterator[None]:
@@ -54,7 +67,7 @@ class ManualLoop:
         self._has_run_forward = self._uses_forward = True
         replica = session.replica
         if replica.notice_changes():
-            self._gather(session, 0.0, 0.0, False, StepFlags.IS_IN_FORWARD)
+            self._gather(session, 0.0, 0.0, False, StepFlags.IS_IN_FORWARD, 0)
             replica.follow(StepFlags.MODEL_HAS_CHANGED)
         with contextlib.ExitStack() as stack:
             if replica.is_forward_collective:
@@ -180,6 +193,7 @@ class ManualLoop:
 
         Raises:
             ValueError: Some rank has a reason why no rank may begin the backward. The same on every rank.
+            MismatchError: The ranks passed different batches to `split`, or different kinds of weights.
             RuntimeError: No rank's loss has a graph. The same on every rank.
         """
         is_sum = weight is None
@@ -192,10 +206,14 @@ class ManualLoop:
         if refusal is not None or session.replica.leaves.has_others:
             own_flags |= StepFlags.REFUSES
         own = math.nan if weight is None else weight, loss.item(), loss.requires_grad, own_flags
-        weights, losses, has_graph, flags = self._gather(session, *own)
+        batches = list(self._batches)
+        self._batches.clear()
+        weights, losses, has_graph, flags, nums_batches = self._gather(session, *own, len(batches))
         if flags & StepFlags.REFUSES:
             raise_together(session.groups.steps, None if refusal is None else ValueError(refusal))
             session.replica.leaves.check_shared()
+        if session.world_size > 1 and 0 not in nums_batches and len(set(nums_batches)) == 1:
+            session.handshake.compare(batches)
         if len({math.isnan(other) for other in weights}) > 1:
             raise MismatchError("some ranks pass weight=None to backward, others a number. Pass the same kind on all.")
         if not any(has_graph):
@@ -208,12 +226,15 @@ class ManualLoop:
 
     @staticmethod
     def _gather(
-        session: Session, weight: float, loss: float, has_graph: bool, flags: int
-    ) -> tuple[list[float], list[float], list[bool], int]:
-        """Return each rank's weight, loss and whether that has a graph; and the flags of any. Collective, blocks."""
+        session: Session, weight: float, loss: float, has_graph: bool, flags: int, num_batches: int
+    ) -> tuple[list[float], list[float], list[bool], int, list[int]]:
+        """Return each rank's weight, loss, whether that has a graph, all flags, and numbers of batches to compare.
+
+        Collective, blocks.
+        """
         with _recorded(session, "agreement"):
-            rows = gather_bytes(session.groups.steps, _HEADER.pack(weight, loss, has_graph, flags))
-        weights, losses, have_graphs, all_flags = map(list, zip(*map(_HEADER.unpack, rows), strict=True))
+            rows = gather_bytes(session.groups.steps, _HEADER.pack(weight, loss, has_graph, flags, num_batches))
+        weights, losses, have_graphs, all_flags, nums_batches = map(list, zip(*map(_HEADER.unpack, rows), strict=True))
         in_forward = [bool(flags & StepFlags.IS_IN_FORWARD) for flags in all_flags]
         if len(set(in_forward)) > 1:
             raise MismatchError(
@@ -221,7 +242,7 @@ class ManualLoop:
                 f"{in_forward.index(False)}, which is in backward. Change the model the same way on every rank, at the "
                 f"same place of the loop."
             )
-        return weights, losses, have_graphs, functools.reduce(operator.or_, all_flags)
+        return weights, losses, have_graphs, functools.reduce(operator.or_, all_flags), nums_batches
 
     def _check_options(self) -> None:
         if self._options.reproducible is not None:

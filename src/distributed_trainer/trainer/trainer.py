@@ -350,9 +350,9 @@ class DistributedTrainer:
                 a parameter changes the gradient of a part (see `on_gradient`). The same on every rank.
             RuntimeError: No rank's loss has a graph. The same on every rank. (A rank's loss may have none, such as
                 `torch.zeros(())` where its part has no labels: it counts with no gradient.)
-            MismatchError: Some ranks pass None as `weight` and others a number; forward has set weights that differ
-                between ranks; the ranks' models have changed differently; or new parameters do not have the same
-                values. The same on every rank.
+            MismatchError: Ranks have passed different batches to `split` since the last backward; some ranks pass None
+                as `weight` and others a number; forward has set weights that differ between ranks; the ranks' models
+                have changed differently; or new parameters do not have the same values. The same on every rank.
             DistributedTrainerError: As in `train_step`.
         """
         self._check_open()
@@ -476,6 +476,9 @@ class DistributedTrainer:
     def split(self, batch: Any) -> Any:
         """Return this rank's part of a batch that every rank has, for manual loops. Local.
 
+        The next `backward` compares the ranks' batches (the last eight, if there were more), and raises MismatchError
+        on every rank if they differ.
+
         Batches of `trainer.loader` are this rank's part already: do not split them. Parts are contiguous, in rank
         order, and differ by at most one sample (with `balance_speed` by more); with fewer samples than ranks some are
         empty. Tensors stay on their device: for a model on a GPU, move them to `trainer.device`.
@@ -502,6 +505,8 @@ class DistributedTrainer:
                 f"pass it to train_step, or leave it out"
             )
         part, *_ = handshake.rule.part(roots, num_samples, start, stop)
+        if self.world_size > 1:
+            self._manual_loop.note_batch(roots)
         return part
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
