@@ -38,6 +38,20 @@ def test_max_norm(run):
         run.step(*sentences(7, step), nn.CrossEntropyLoss(), optimizer)
 
 
+@refused(
+    "`nn.Embedding(scale_grad_by_freq=True)`, also `nn.EmbeddingBag`",
+    "scale_grad_by_freq=True, which divides gradients by the counts of the indices in each rank's part",
+    instead="leave it out",
+    ranks=(2, 3),
+)
+def test_scale_grad_by_freq(run):
+    torch.manual_seed(0)
+    model = run.start(
+        nn.Sequential(nn.Embedding(11, 4, scale_grad_by_freq=True), nn.Flatten(), nn.Linear(12, 11)).double()
+    )
+    run.step(*sentences(7, 0), nn.CrossEntropyLoss(), sgd(model))
+
+
 @works("`nn.Embedding(max_norm=1.0)` whose weight is also that of the last layer")
 def test_tied_max_norm(run):
     model = run.start(Words(is_tied=True))

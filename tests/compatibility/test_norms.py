@@ -230,3 +230,82 @@ def test_torch_update_bn(run):
         update_bn(((x * 1, y) for x, y in loader), average)
 
     swa(run, update)
+
+
+_MODULE_OF_MODEL = "BatchNorm modules of the model (`nn.ModuleList` in place of a list), or `sync_batchnorm=False`"
+
+
+class Normalised(nn.Module):
+    """A linear layer whose outputs `normalise` changes by the statistics of the batch."""
+
+    def __init__(self, normalise):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.normalise = nn.Linear(4, 2, dtype=F64), normalise
+
+    def forward(self, x):
+        return self.normalise(self.linear(x))
+
+
+def one_step(run, model, criterion=None, options=None):
+    model = run.start(model, **options or {})
+    run.step(*regression_batch(7, inputs=4, outputs=2), criterion or nn.MSELoss(), sgd(model))
+
+
+@refused(
+    "`F.batch_norm(x, None, None, training=True)` in `forward`",
+    "F.batch_norm is called in training, but not by a BatchNorm module that the model has",
+    instead=_MODULE_OF_MODEL,
+    ranks=(2, 3),
+)
+def test_functional(run):
+    one_step(run, Normalised(lambda x: F.batch_norm(x, None, None, training=True)))
+
+
+@refused(
+    "BatchNorm modules in a Python list",
+    "F.batch_norm is called in training, but not by",
+    instead=_MODULE_OF_MODEL,
+    ranks=(2, 3),
+)
+def test_module_in_list(run):
+    norms = [nn.BatchNorm1d(2, affine=False, dtype=F64)]
+    one_step(run, Normalised(lambda x: norms[0](x)))
+
+
+@refused(
+    "a criterion that contains BatchNorm",
+    "F.batch_norm is called in training, but not by",
+    instead="a module of the model that computes the loss",
+    ranks=(2, 3),
+)
+def test_norm_in_criterion(run):
+    norm = nn.BatchNorm1d(2, affine=False, dtype=F64)
+    one_step(run, nn.Linear(4, 2, dtype=F64), lambda outputs, y: (norm(outputs) - y).square().mean())
+
+
+class OwnStatistics(nn.BatchNorm1d):
+    """BatchNorm that computes its statistics by itself."""
+
+    def forward(self, x):
+        return (x - x.mean(0)) / (x.var(0, unbiased=False) + self.eps).sqrt()
+
+
+@refused(
+    "a BatchNorm subclass that computes its statistics without `F.batch_norm`",
+    r"BatchNorm module 'normalise' \(OwnStatistics\) does not call F.batch_norm",
+    instead="a forward that calls `F.batch_norm`, or `sync_batchnorm=False`",
+    ranks=(2, 3),
+)
+def test_own_statistics(run):
+    one_step(run, Normalised(OwnStatistics(2, affine=False, track_running_stats=False)))
+
+
+@works("`InstanceNorm`, `GroupNorm` and `LayerNorm`")
+def test_norms_of_samples(run):
+    torch.manual_seed(0)
+    norms = nn.InstanceNorm1d(4, affine=True), nn.Tanh(), nn.GroupNorm(2, 4), nn.Tanh(), nn.LayerNorm(3)
+    model = run.start(nn.Sequential(nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 4, 1), nn.Linear(1, 3), *norms).double())
+    for step in range(2):
+        x, _ = regression_batch(7, step, inputs=4, outputs=2)
+        run.step(x, x[:, :1, None].expand(-1, 4, 3), nn.MSELoss(), sgd(model))

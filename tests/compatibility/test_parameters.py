@@ -28,6 +28,25 @@ def test_there_and_back(run):
         model.double()
 
 
+@works("a module that `torch.jit.script` has compiled, with a buffer")
+def test_scripted(run):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = mlp(5, 6, 5)
+            self.register_buffer("count", torch.zeros((), dtype=F64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count += 1
+            return self.layers(x)
+
+    model = run.start(nn.Sequential(torch.jit.script(Counting()), mlp(5, 5, seed=1)))
+    optimizer = sgd(model)
+    train(run, optimizer)
+    model[1] = mlp(5, 5, seed=2)
+    train(run, sgd(model), 2)
+
+
 @works("`model.float()` between steps, for good", rtol=1e-5)
 def test_other_dtype(run):
     model = run.start(mlp(5, 6, 5))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from one_process import accumulated_step, assert_same
-from ranks import mixed_and_four, on_ranks, one_node
+from ranks import mixed_and_four, on_ranks, one_node, same_message
 from small_models import F64, Net, NormNet, Squares, batch, sgd
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
@@ -247,12 +247,30 @@ def test_dropout_differs(world):
     trainer.close()
 
 
-@on_ranks(2)
-def test_not_after_whole_batches(world):
-    trainer = create_distributed_trainer(model := Net(F64))
-    trainer.train_step(*batch(8, F64), nn.CrossEntropyLoss(), sgd(model))
-    with pytest.raises(ValueError, match="has trained on whole batches"):
-        trainer.loader(TensorDataset(*batch(8, F64)), 4)
+@on_ranks(1, 2, 3)
+def test_loader_for_evaluation_only(world):
+    """A loader that only `evaluate` reads leaves training on whole batches; a later iteration does not change that."""
+    model, plain = nn.Linear(3, 2, dtype=F64), nn.Linear(3, 2, dtype=F64)
+    trainer = create_distributed_trainer(model)
+    plain.load_state_dict(model.state_dict())
+    optimizer, plain_optimizer = sgd(model), sgd(plain)
+    x, y = torch.randn(7, 3, dtype=F64), torch.randn(7, 2, dtype=F64)
+    criterion = nn.MSELoss(reduction="sum")
+    held_out = trainer.loader(TensorDataset(x, y), 4)
+    for _ in range(2):
+        trainer.train_step(x, y, criterion, optimizer)
+        plain_optimizer.zero_grad()
+        criterion(plain(x), y).backward()
+        plain_optimizer.step()
+        trainer.evaluate(held_out, criterion)
+        trainer.evaluate(trainer.loader(TensorDataset(x, y), 3), criterion)
+        for _inputs, _targets in held_out:  # as a script does that evaluates by itself
+            pass
+    torch.testing.assert_close(model.weight, plain.weight, rtol=1e-12, atol=0)
+    for part in held_out:
+        with pytest.raises(ValueError, match="has trained on whole batches") as raised:
+            trainer.train_step(*part, criterion, optimizer)
+        same_message(world, raised)
     trainer.close()
 
 

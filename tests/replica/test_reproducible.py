@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tests of reproducible=: the bits are the same on any number of ranks. Each rank also trains alone, to compare."""
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ import ranks
 import torch
 import torch.nn.functional as F
 from mpi4py import MPI
-from ranks import JobSpec, job_environment, mixed, mixed_and_four, mpirun_path, on_ranks
+from ranks import JobSpec, job_environment, mixed, mixed_and_four, mpirun_path, on_ranks, same_message
 from small_models import adam, batch
 from torch import nn
 from torch.utils.data import Dataset
@@ -208,7 +209,7 @@ def test_wrong_arguments(world):
         pass
     with pytest.raises(ValueError, match="not in manual loops"):
         trainer.backward(model(batch(16, torch.float32)[0]).sum(), weight=1.0)
-    trainer.loader(Noisy(), 12)
+    next(iter(trainer.loader(Noisy(), 12)))  # train_step takes parts from now on
     with pytest.raises(ValueError, match=r"pass what trainer\.loader gives"):
         trainer.train_step(*batch(3 if world.rank else 6, torch.float32), nn.CrossEntropyLoss(), adam(model))
     trainer.close()
@@ -247,3 +248,31 @@ def test_launches(tmp_path):
         assert result.returncode == 0, result.stdout + result.stderr
         lines |= {line for line in result.stdout.splitlines() if line.startswith("digests")}
     assert len(lines) == 1
+
+
+class MovingAverage(nn.Module):
+    """Linear layer that keeps a moving average of its weight in a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.average = nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.average.weight.lerp_(self.linear.weight, 0.1)
+        return self.linear(x) + self.average(x)
+
+
+@on_ranks(1, 2, 3)
+def test_forward_that_writes_to_weights(world):
+    """It would write once for each shard of a rank, so as many times as the number of ranks decides."""
+    model = MovingAverage()
+    trainer = create_distributed_trainer(model, reproducible=4)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.linear.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="With reproducible= a rank computes its shards one after the other") as raised:
+        trainer.train_step(torch.randn(8, 3), torch.randn(8, 2), nn.MSELoss(), optimizer)
+    same_message(world, raised)
+    assert torch.equal(model.linear.weight, before["linear.weight"])
+    model.load_state_dict(before)  # the ranks have written to it differently often
+    trainer.close()

@@ -146,3 +146,26 @@ def test_wrong_arguments(world):
     with pytest.raises(ValueError, match='cannot be named "loss"'):
         trainer.evaluate([(x, y)], nn.CrossEntropyLoss(), {"loss": accuracy})
     trainer.close()
+
+
+class Calls(nn.Module):
+    """Layer that counts its calls, in evaluation mode, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=F64)
+        self.register_buffer("count", torch.zeros((), dtype=F64))
+
+    def forward(self, x):
+        self.count += 1
+        return self.linear(x) * self.count
+
+
+@mixed
+def test_buffers(world):
+    """Buffers that forward changes are those of one process afterwards, also on ranks whose parts were empty."""
+    trainer = create_distributed_trainer(model := Calls())
+    batches = [(torch.ones(size, 3, dtype=F64), torch.ones(size, 2, dtype=F64)) for size in (4, 1, 1)]
+    trainer.evaluate(batches, nn.MSELoss())
+    assert model.count == 3
+    trainer.close()

@@ -7,9 +7,9 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from one_process import plain_step, relative_difference
+from one_process import assert_same, plain_step, relative_difference
 from ranks import everywhere, on_ranks
-from small_models import F64, Net, NormNet, batch
+from small_models import F64, Net, NormNet, batch, regression_batch, sgd
 from torch import nn
 
 from distributed_trainer import create_distributed_trainer
@@ -134,6 +134,22 @@ def test_no_reduction(world):
     trainer.close()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+@everywhere
+def test_class_weights(world, dtype):
+    """As many classes as samples of a part, so that uint8 targets could be taken for a mask."""
+    criterion = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0], dtype=F64))
+    model, reference = nn.Linear(4, 3, dtype=F64), nn.Linear(4, 3, dtype=F64)
+    reference.load_state_dict(model.state_dict())
+    trainer = create_distributed_trainer(model)
+    reference.load_state_dict(model.state_dict())
+    x = torch.randn(3 * world.size, 4, dtype=F64)
+    y = (torch.arange(3 * world.size) % 7 % 3).to(dtype)
+    loss = trainer.train_step(x, y, criterion, sgd(model))
+    assert relative_difference(loss, plain_step(reference, x, y, criterion, sgd(reference))) < 1e-12
+    trainer.close()
+
+
 @everywhere
 def test_ignored_targets(world):
     """All targets of one rank are ignored; all but one sample's; all."""
@@ -184,6 +200,31 @@ def test_batchnorm_with_empty_parts(world):
         x = torch.randn(num_samples, 3, generator=generator, dtype=F64)
         y = torch.arange(num_samples) % 2
         check_steps(SmallNorm, [(x, y)] * 3, nn.CrossEntropyLoss(), OPTIMIZERS["sgd"], 1e-12, 1e-10)
+
+
+@everywhere
+def test_batchnorm_with_samples_of_weight_0(world):
+    """Samples to which `weight=` gives 0 count in the statistics of BatchNorm, as in one process; their loss is NaN."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)).double()
+    reference = copy.deepcopy(model)
+    optimizer, plain = sgd(model), sgd(reference)
+
+    def labelled(y):
+        return ~y.isnan().any(1)
+
+    def mean(outputs, y):
+        return (outputs - y)[labelled(y)].square().sum(1).mean()
+
+    trainer = create_distributed_trainer(model)
+    for step in range(3):
+        x, y = regression_batch(9, step, inputs=4, outputs=2)
+        y[:7] = torch.nan
+        loss = trainer.train_step(x, y, mean, optimizer, weight=lambda y: labelled(y).sum())
+        expected = plain_step(reference, x, y, mean, plain)
+        assert relative_difference(loss, expected) < 1e-11
+    assert_same(model, reference, 1e-10)
+    trainer.close()
 
 
 @everywhere

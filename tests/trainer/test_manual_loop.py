@@ -551,6 +551,25 @@ def test_batches_that_differ(world):
     if world.rank == 0:
         trainer.split(inputs(6))  # just to look at it
     step(inputs(7))
+    if world.rank == 0:
+        trainer.split(inputs(8))  # a batch that this rank alone skips
+    with pytest.raises(MismatchError, match="batch") as raised:
+        step(inputs(9) if world.rank == 0 else inputs(8))
+    same_message(world, raised)
+    trainer.close()
+
+
+@several
+def test_weight_0_with_batchnorm(world):
+    """Forward has counted the samples in the statistics, so they cannot be left out of backward."""
+    model = NormNet(F64)
+    trainer = create_distributed_trainer(model)
+    x, y = batch(2 * world.size, F64)
+    with trainer.forward():
+        loss = F.cross_entropy(model(trainer.split(x)), trainer.split(y))
+    with pytest.raises(ValueError, match="weight=0 does not go with BatchNorm in training") as raised:
+        trainer.backward(loss, weight=float(world.rank > 0))
+    same_message(world, raised)
     trainer.close()
 
 

@@ -134,6 +134,11 @@ class ShardedDataLoader:
         Raises:
             ValueError: torch's `update_bn` iterates, which would compute the statistics of this rank's parts.
         """
+        self.position.is_read = True
+        return self.parts()
+
+    def parts(self) -> Iterator[Any]:
+        """Yield the same as an iteration by the script, for the trainer's own use (`LoaderPosition.is_read`)."""
         if self._split()(_MANY) != (0, _MANY):
             _refuse_update_bn(sys._getframe())
         position = self.position
@@ -244,6 +249,8 @@ class LoaderPosition:
     """Number of the epoch's batches that were returned."""
     bookmark: Bookmark | None = None
     """Position before the first returned batch on which the trainer has not trained yet."""
+    is_read: bool = False
+    """Whether the script itself has iterated over the loader: then `train_step` gets the parts that it returns."""
 
     def state_dict(self) -> dict[str, int]:
         """Return the position as `ShardedDataLoader.state_dict` does. Local."""

@@ -173,6 +173,8 @@ def local_loss(criterion: Callable[..., Any], outputs: Any, targets: Any, weight
     _refuse_mixing(criterion, outputs, targets)
     if adds:
         return criterion(outputs, targets)
+    if weight == 0 and isinstance(criterion, Weighted):
+        return map_tensors(lambda term: torch.zeros_like(term.detach()), criterion(outputs, targets))  # it may be NaN
     if weight == 0 and is_known(criterion):
         # A mean without weight is NaN, and 0 times NaN is NaN too. The sum is an exact 0 with the same graph. It is
         # also correct for label smoothing, where a target of class weight 0 still has a loss.
@@ -306,7 +308,7 @@ def _class_weight(criterion: Any, targets: Tensor) -> float:
     is_kept = targets != ignored
     if class_weights is None:
         return float(is_kept.sum())
-    kept = targets[is_kept]
+    kept = targets[is_kept].long()  # uint8 would be a mask
     return float(class_weights.to(kept.device, torch.float64)[kept].sum())
 
 

@@ -182,9 +182,10 @@ def _microbatch(given: Given, num_samples: int, start: int, stop: int, dummy: in
 
 
 def _counted(part: Given, num_samples: int, weight: float) -> Microbatch:
-    """Return a microbatch with this weight. If a `Weighted` criterion gives weight 0, it is a dummy.
+    """Return a microbatch with this weight. It is a dummy if the user has passed the number 0 as weight.
 
-    With weight 0 `local_loss` makes a loss of torch an exact 0; a user's mean may be NaN.
+    Samples to which a function gives weight 0 still count in the statistics of BatchNorm, and `local_loss` makes their
+    loss an exact 0.
     """
-    is_dummy = weight == 0 and isinstance(part.criterion, Weighted)
+    is_dummy = weight == 0 and isinstance(part.criterion, Weighted) and not callable(part.criterion.weight)
     return Microbatch(part, weight, is_dummy, 0 if is_dummy else num_samples)

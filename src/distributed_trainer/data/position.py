@@ -44,9 +44,15 @@ class DataPosition:
         return len(self._loaders)
 
     @property
-    def has_loader(self) -> bool:
-        """Whether a loader was made. Then batches are the parts that it returns."""
-        return bool(self._loaders)
+    def gives_parts(self) -> bool:
+        """Whether the script has iterated over a loader. Then batches are the parts that it returns."""
+        return any(position.is_read for position in self._positions)
+
+    def is_given(self, inputs: Any, targets: Any) -> bool:
+        """Return whether these samples are those that a loader has returned last."""
+        loaders = [loader for ref in self._loaders if (loader := ref()) is not None and loader.given is not None]
+        own = _ids_of_leaves((inputs, targets)) if loaders else set()
+        return any(own & _nodes(loader.given).keys() for loader in loaders)
 
     @property
     def is_restored_next(self) -> bool:

@@ -108,9 +108,13 @@ class SampleRule:
             return self.count({"inputs": inputs, "targets": targets})
         for roots in ({"inputs": inputs, "targets": targets}, {"targets": targets}):
             try:
-                return self.count(roots)
+                number = self.count(roots)
             except (TypeError, ValueError):
                 continue
+            # A tuple of tensors that differ in length is more likely a structure, such as (values, offsets).
+            is_structure = isinstance(targets, tuple) and all(isinstance(value, Tensor) for value in targets)
+            if not (is_structure and self._structure_sizes(targets, "targets") == set()):
+                return number
         return None
 
     def _possible(self, roots: Mapping[str, Any]) -> Iterator[set[int]]:

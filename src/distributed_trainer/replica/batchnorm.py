@@ -56,19 +56,22 @@ class GlobalBatchNorm:
     same nn.Sequential as a BatchNorm run eagerly.
 
     Calls of F.batch_norm outside of BatchNorm modules are not replaced. A module whose forward does not call it
-    while training keeps local statistics, and rank 0 names it once in a warning.
+    while training keeps local statistics: `refusal` names it. Rank 0 names scripted modules once in a warning.
 
     Args:
         model: Model whose modules are looked up now; BatchNorm modules added later stay local.
         process_group: Group used through `rank`, `size` and `_allgather_base` only. Each rank issues the group's
             collectives in the order of forward and backward, from the thread that runs them. Where gradient
             buckets use the same group, all ranks must issue both kinds of collectives in the same order.
+
+    Attributes:
+        refusal: Why the last batch must not be used; None if nothing is wrong.
     """
 
     def __init__(self, model: nn.Module, process_group: Any) -> None:
         self._classes: dict[type, type] = {}
         self._numbers: dict[nn.Module, int] = {}  # by BatchNorm module; the same on every rank
-        self._is_named = set[nn.Module]()  # modules of which a warning has been given
+        self.refusal: str | None = None
         names: list[str] = []
         self._group = process_group
         for name, module in model.named_modules():
@@ -76,7 +79,7 @@ class GlobalBatchNorm:
                 self._numbers[module] = len(names)
                 names.append(name)
             elif isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in module.original_name:
-                self._warn(name, "is a scripted module")
+                self._warn(name)
         self._names = names
         self._exchange = _Exchange(process_group, names)
         self._mode = _GlobalStatistics(self._exchange)
@@ -84,6 +87,10 @@ class GlobalBatchNorm:
     def __len__(self) -> int:
         """Return the number of BatchNorm modules found."""
         return len(self._numbers)
+
+    def is_in_training(self) -> bool:
+        """Return whether any of the modules is in training mode. Local."""
+        return any(module.training for module in self._numbers)
 
     @property
     def waited_seconds(self) -> float:
@@ -137,9 +144,12 @@ class GlobalBatchNorm:
             self._mode.calls, self._mode.module = 0, self._numbers[module]
             with self._mode:
                 output = own_forward(module, *args, **kwargs)
-            if module.training and not self._mode.calls and module not in self._is_named:
-                self._is_named.add(module)
-                self._warn(self._names[self._numbers[module]], f"({own.__qualname__}) does not call F.batch_norm")
+            if module.training and not self._mode.calls:
+                self.refusal = (
+                    f"BatchNorm module {self._names[self._numbers[module]]!r} ({own.__qualname__}) does not call "
+                    f"F.batch_norm, so its statistics would be those of each rank's part. Let its forward call "
+                    f"F.batch_norm, or make the trainer with sync_batchnorm=False."
+                )
             return output
 
         # Dynamo cannot trace a bare process group. (The decorator imports Dynamo, but so does every optimizer.)
@@ -148,9 +158,11 @@ class GlobalBatchNorm:
         self._classes[own] = type(own.__name__, (own,), members)
         return self._classes[own]
 
-    def _warn(self, name: str, reason: str) -> None:
+    def _warn(self, name: str) -> None:
         if self._group.rank() == 0:
-            logger.warning("BatchNorm module %r %s: its statistics are those of each rank's part.", name, reason)
+            logger.warning(
+                "BatchNorm module %r is a scripted module: its statistics are those of each rank's part.", name
+            )
 
 
 class _Kind(enum.IntEnum):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find tensors that get gradients in a step's backward and are not parameters of the trainer's model.
+"""Find tensors that get gradients in a step's backward and are not parameters of the trainer's model, and BatchNorm.
 
 Nothing would sum their gradients over the ranks. To find them, the graph of the loss is walked to its leaves, which
 takes about 0.2 us for each node. So it is walked when it may have changed: autograd numbers its nodes, and the count
@@ -12,6 +12,10 @@ of nodes made since forward began tells one graph from another. It is also walke
 - Any other tensor gets no gradient in `train_step`. In a manual loop it may be this rank's own data, such as inputs
   whose gradient a penalty needs: the gradient by own samples is complete. But a tensor with the same values on every
   rank is taken for one that all ranks share, and refused.
+
+The same walk finds operations whose result for one sample depends on the others, so that parts of the batch do not add
+up: `F.batch_norm` in training that no BatchNorm module of the model calls (calls by those have other nodes in the
+graph), and embeddings with `scale_grad_by_freq`.
 """
 
 from __future__ import annotations
@@ -40,10 +44,12 @@ class LeafCheck:
     Args:
         model: Model whose parameters are expected among the leaves.
         group: Process group of the ranks.
+        has_global_batchnorm: Whether BatchNorm modules take the statistics of the batch of all ranks.
     """
 
-    def __init__(self, model: nn.Module, group: Any) -> None:
+    def __init__(self, model: nn.Module, group: Any, has_global_batchnorm: bool = True) -> None:
         self._model, self._group = model, group
+        self._allowed = set() if has_global_batchnorm else {"batch_norm"}
         self._graphs: dict[int, _Passed] = {}  # by number of nodes
         self._began = self._num_backwards = 0
         self._others: list[Tensor] = []  # leaves that are no parameters, found by the last look
@@ -68,9 +74,13 @@ class LeafCheck:
         if graph in self._graphs and self._num_backwards % EVERY_BACKWARDS:
             _mark_unsummed(self._graphs[graph])
             if finds_others and self._has_found_others:
-                self._others = [leaf for leaf in _leaves(loss) if not isinstance(leaf, nn.Parameter)]
+                self._others = [leaf for leaf in _walk(loss)[0] if not isinstance(leaf, nn.Parameter)]
             return None
-        refusal, passed = self._examine(_leaves(loss))
+        leaves, mixing = _walk(loss)
+        if self._group.size() > 1:
+            for name in mixing - self._allowed:
+                return _MIXING[name]
+        refusal, passed = self._examine(leaves)
         if refusal is None:  # a graph that was refused stays unknown, to be refused again
             self._graphs[graph] = passed
         return refusal
@@ -169,6 +179,19 @@ class LeafCheck:
         return self._group.size() > 1 and bool(self._others)
 
 
+_MIXING = {
+    "batch_norm": (
+        "F.batch_norm is called in training, but not by a BatchNorm module that the model has: its statistics would be "
+        "those of each rank's part. Use nn.BatchNorm1d (2d, 3d) and make it a module of the model (nn.ModuleList in "
+        "place of a list), or make the trainer with sync_batchnorm=False."
+    ),
+    "scale_grad_by_freq": (
+        "an embedding has scale_grad_by_freq=True, which divides gradients by the counts of the indices in each rank's "
+        "part, not in the batch. Leave it out."
+    ),
+}
+"""Why a backward must not run on several ranks, by the operation that mixes samples."""
+
 _Passed = dict[LeafCheck, dict[str, Tensor]]
 """Parameters of other trainers' models through which a loss passes, by those trainers' checks and by name."""
 
@@ -189,11 +212,11 @@ def _owner(leaf: Tensor) -> tuple[LeafCheck, str] | None:
     return None
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """Return the leaves whose gradients a backward of the loss computes. Local."""
+def _walk(loss: Tensor) -> tuple[list[Tensor], set[str]]:
+    """Return the leaves whose gradients a backward computes, and which keys of `_MIXING` it passes. Local."""
     if loss.grad_fn is None:
-        return [loss] if loss.requires_grad else []
-    found = []
+        return [loss] if loss.requires_grad else [], set()
+    found, mixing = [], set[str]()
     seen: set[Any] = {loss.grad_fn}
     waiting: list[Any] = [loss.grad_fn]
     while waiting:
@@ -201,11 +224,16 @@ def _leaves(loss: Tensor) -> list[Tensor]:
         children = node.next_functions
         if not children and (leaf := getattr(node, "variable", None)) is not None:
             found.append(leaf)
+        kind = type(node).__name__
+        if kind.endswith("BatchNormBackward0") and node._saved_training and len(node._saved_input) > 1:
+            mixing.add("batch_norm")  # instance norm makes one row of the batch
+        elif kind.startswith("Embedding") and getattr(node, "_saved_scale_grad_by_freq", False):
+            mixing.add("scale_grad_by_freq")
         for child, _ in children:
             if child is not None and child not in seen:
                 seen.add(child)
                 waiting.append(child)
-    return found
+    return found, mixing
 
 
 def _has_optimizer(leaf: Tensor) -> bool:

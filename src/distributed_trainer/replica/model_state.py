@@ -9,6 +9,7 @@ pickled.
 from __future__ import annotations
 
 import itertools
+import operator
 import pickle
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -22,6 +23,8 @@ from ..data.rng import RngState
 from ..errors import MismatchError
 
 Description = tuple[list[int], str, bool] | None
+
+_values = operator.methodcaller("values")
 
 
 def align_models(model: nn.Module, group: Any) -> None:
@@ -83,12 +86,13 @@ class Buffers:
         first = next(itertools.chain(self._model.parameters(), self._model.buffers()), None)
         self._device = torch.device("cpu") if first is None else first.device
         modules = list(self._model.named_modules())
-        self._children = [module._modules for _, module in modules]
+        # Scripted modules have a wrapper in the place of a dict, and their children never change.
+        self._children = [module._modules for _, module in modules if isinstance(module._modules, dict)]
         self._tree = self._all_children()
         own = [(prefix, module._buffers) for prefix, module in modules if not isinstance(module, self._skip)]
         self._dicts = [buffers for _, buffers in own]
-        self._places = [(buffers, name) for buffers in self._dicts for name in buffers]
-        self.names = [f"{prefix}.{name}" if prefix else name for prefix, buffers in own for name in buffers]
+        self._places = [(buffers, name) for buffers in self._dicts for name in buffers.keys()]
+        self.names = [f"{prefix}.{name}" if prefix else name for prefix, buffers in own for name in buffers.keys()]
 
     def have_moved(self) -> bool:
         """Return whether modules or buffers were added or removed since `find`. Local."""
@@ -96,7 +100,7 @@ class Buffers:
 
     def tensors(self) -> list[Tensor | None]:
         """Return the present buffers, not copies. Local."""
-        return list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
+        return list(itertools.chain.from_iterable(map(_values, self._dicts)))
 
     def put(self, index: int, value: Tensor | None) -> None:
         """Give a buffer a value: in place if it fits, else as a new tensor in all its places. Local."""

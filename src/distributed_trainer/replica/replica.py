@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..backend.gather import raise_together
+from ..backend.gather import gather_objects, raise_together
 from ..data import rng
 from ..data.batch import tensors
 from ..data.handshake import StepFlags
@@ -122,7 +122,8 @@ class Replica:
         self._structure = ModelStructure(model)
         self.gradients.functions = progress.functions
         self.divergence = DivergenceCheck(model, self._group, device, self._unchanged_buffers)
-        self.leaves = LeafCheck(model, self._group)
+        has_global_batchnorm = options.sync_batchnorm and options.reproducible is None
+        self.leaves = LeafCheck(model, self._group, has_global_batchnorm)
         self._hooks = ParameterHooks(model, is_loud=self._group.rank() == 0)
         self._watched = _with_versions(model)
 
@@ -153,6 +154,11 @@ class Replica:
     def is_forward_collective(self) -> bool:
         """Whether forward calls the other ranks: for BatchNorm, or for embeddings with `max_norm`."""
         return bool(self._batchnorm or self._max_norm)
+
+    @property
+    def has_batchnorm_in_training(self) -> bool:
+        """Whether a BatchNorm module takes statistics of all ranks in its present mode."""
+        return self._batchnorm is not None and self._batchnorm.is_in_training()
 
     @property
     def waited_seconds(self) -> float:
@@ -388,6 +394,14 @@ class Replica:
         """Return what `_check_findings` needs from every rank, as sums. Local."""
         if self._sees_parts:
             self.object(self._hooks.changed())
+        if self._batchnorm:
+            self.object(self._batchnorm.refusal)
+            self._batchnorm.refusal = None
+        if self._has_written and self._options.reproducible is not None:
+            self.object(
+                "forward or backward has written to a parameter. With reproducible= a rank computes its shards one "
+                "after the other, and would write once for each. Leave reproducible out, or write after the step."
+            )
         if self._has_written and self._sharded is not None:
             self.object(
                 'forward or backward has written to a parameter. With shard="optimizer" the ranks of a machine share '
@@ -437,6 +451,12 @@ class Replica:
     def share_buffers(self, source: int) -> None:
         """Copy the buffers of rank `source` to all ranks. Collective, blocks."""
         self._buffers.share_all(source)
+
+    def share_changed_buffers(self) -> None:
+        """Copy rank 0's buffers to all ranks if any rank has changed some outside of a step. Collective, blocks."""
+        if self._is_one_of_many:
+            rows = gather_objects(self._group, self._buffers.changes())
+            self._buffers.share(0, [sum(column) for column in zip(*rows, strict=True)], has_samples=True)
 
     def abandon(self) -> None:
         """Make the gradients' calls of `finish` for a step whose results are not used. Collective, blocks.

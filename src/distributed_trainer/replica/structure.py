@@ -47,7 +47,7 @@ class ModelStructure:
         self._buffers = [module._buffers for module in modules]
         self._num_buffers = list(map(len, self._buffers))
         self._entries = list(itertools.chain.from_iterable(map(dict.values, self._filled)))
-        self._buffer_places = {(module, name) for module in modules for name in module._buffers}
+        self._buffer_places = {(module, name) for module in modules for name in module._buffers.keys()}
         self.named_parameters = list(model.named_parameters())
         self._parameters = [parameter for _, parameter in self.named_parameters]
         self._trained = list(map(_requires_grad, self._parameters))

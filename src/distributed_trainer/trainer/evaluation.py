@@ -179,6 +179,7 @@ def evaluate(
             error = caught
     if is_local:
         raise_together(group, error, keep=(TypeError, ValueError))
+    replica.share_changed_buffers()  # a rank with an empty part has not called the model
     return evaluation.result(group)
 
 

@@ -126,6 +126,12 @@ class ManualLoop:
         refusal = replica.refuse_hooks(session.world_size > 1) or refusal
         if not self._is_accumulating:
             refusal = replica.leaves.unsummed() or refusal
+        if is_dummy and replica.has_batchnorm_in_training:
+            refusal = refusal or (
+                "weight=0 does not go with BatchNorm in training: forward has counted this rank's samples in the "
+                "statistics. If the rank has samples, but none with a loss, return sums and pass weight=None on every "
+                "rank. If it has no samples, use train_step."
+            )
         replica.check_batchnorm()  # all forwards are over
         losses, fractions, flags = self._exchange(session, loss, weight, refusal, replica.prepare(keep=True))
         self._checkpointer.maybe_save(flags, session)
@@ -212,8 +218,10 @@ class ManualLoop:
         if flags & StepFlags.REFUSES:
             raise_together(session.groups.steps, None if refusal is None else ValueError(refusal))
             session.replica.leaves.check_shared()
-        if session.world_size > 1 and 0 not in nums_batches and len(set(nums_batches)) == 1:
-            session.handshake.compare(batches)
+        # One rank may have skipped a batch, or have looked at others: the last ones must be the same.
+        num_compared = min(nums_batches)
+        if session.world_size > 1 and num_compared:
+            session.handshake.compare(batches[-num_compared:])
         if len({math.isnan(other) for other in weights}) > 1:
             raise MismatchError("some ranks pass weight=None to backward, others a number. Pass the same kind on all.")
         if not any(has_graph):

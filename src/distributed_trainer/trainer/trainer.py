@@ -77,6 +77,7 @@ class DistributedTrainer:
         self._options = options
         self._owns_groups = membership is not None  # if False, the script owns the ranks' process group
         self._is_closed = False
+        self._is_whole: bool | None = None  # whether `train_step` takes whole batches; None before the first step
         self._is_out_of_data = False  # True inside `batches` once this rank's loader has ended
         self._progress = Progress()
         self._position = DataPosition()
@@ -248,7 +249,7 @@ class DistributedTrainer:
         ids = self._check_optimizer(optimizer)
         if self.is_main and self.world_size > 1:
             self._warnings.about_criterion(criterion)
-        clock, is_whole = self._clock, self._takes_whole_batches
+        clock, is_whole = self._clock, self._takes_whole_batches(inputs, targets)
         clock.start()
 
         def compute(session: Session, inputs: Any, targets: Any) -> tuple[list[float], Any]:
@@ -556,10 +557,11 @@ class DistributedTrainer:
 
             loader = trainer.loader(dataset, batch_size=64, shuffle=True, num_workers=2)
 
-        After this call `train_step` takes every batch as this rank's part, so pass batches of such loaders only. In a
-        manual loop do not call `split` for them. The samples of a batch, their order in each epoch and what
-        augmentation draws for them (from `random`, NumPy and torch) are the same for any number of ranks and workers.
-        There is no sampler and no `set_epoch`.
+        A loader over which the script has iterated before the first `train_step` is the training's: then `train_step`
+        takes every batch as this rank's part, so pass batches of such loaders only. In a manual loop do not call
+        `split` for them. Other loaders (for `evaluate`) make no difference. The samples of a batch, their order in each
+        epoch and what augmentation draws for them (from `random`, NumPy and torch) are the same for any number of ranks
+        and workers. There is no sampler and no `set_epoch`.
 
         Args:
             dataset: A dataset with `__getitem__` and `__len__`, or an iterable one. Every rank reads all samples of an
@@ -585,15 +587,9 @@ class DistributedTrainer:
             manual loop passes weight=0 to `backward`.
 
         Raises:
-            TypeError, ValueError: An argument is not as described above, the trainer has already trained on whole
-                batches, or it is closed.
+            TypeError, ValueError: An argument is not as described above, or the trainer is closed.
         """
         self._check_open()
-        if self._takes_whole_batches and self._progress.num_steps != self._position.begun_at[0]:
-            raise ValueError(
-                "this trainer has trained on whole batches, the same on every rank. Make the loader before the "
-                "first step, or pass whole batches only."
-            )
         # In a run that continues, the seed is part of the position that the loader will take.
         is_new = not self._position.is_restored_next
         seed = self._gather(mix(self._progress.seed, "loader", self._position.num_loaders))[0] if is_new else 0
@@ -725,7 +721,7 @@ class DistributedTrainer:
 
         def run(session: Session) -> None:
             def batches() -> Iterator[tuple[Any, bool]]:
-                for batch in loader:
+                for batch in _of(loader):
                     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
                     handshake = session.handshake
                     if is_split:
@@ -996,10 +992,23 @@ class DistributedTrainer:
             f"device={str(self.device)!r}, split_batches={self._options.split_batches})"
         )
 
-    @property
-    def _takes_whole_batches(self) -> bool:
-        """Whether every rank passes the same batch to `train_step`; else each passes its part."""
-        return self._options.split_batches and not self._position.has_loader
+    def _takes_whole_batches(self, inputs: Any, targets: Any) -> bool:
+        """Return whether every rank passes the same batch to `train_step`; else each passes its part.
+
+        The first step decides.
+
+        Raises:
+            ValueError: Earlier steps took whole batches, but these samples are a part.
+        """
+        if self._is_whole is None:
+            self._is_whole = self._options.split_batches and not self._position.gives_parts
+        elif self._is_whole and self._position.gives_parts and self._position.is_given(inputs, targets):
+            raise ValueError(
+                "this trainer has trained on whole batches, the same on every rank, but this batch is of "
+                "trainer.loader, which returns each rank's part. Use the loader from the first step on, or pass whole "
+                "batches only."
+            )
+        return self._is_whole
 
     def _counts(self, inputs: Any, targets: Any) -> bool:
         """Return whether these samples of a part count. Local.
@@ -1028,9 +1037,14 @@ class DistributedTrainer:
         return ids
 
 
+def _of(loader: Iterable[Any]) -> Iterable[Any]:
+    """Return the batches of a loader, for the trainer itself."""
+    return loader.parts() if isinstance(loader, ShardedDataLoader) else loader
+
+
 def _own_parts(session: Session, loader: Iterable[Any]) -> Iterator[tuple[Any, Any, int | None]]:
     """Yield inputs, targets and number of samples (None if it is not known) of this rank's own batches. Local."""
-    for batch in loader:
+    for batch in _of(loader):
         inputs, targets = check_pair(batch)
         is_stand_in = isinstance(loader, ShardedDataLoader) and loader.is_stand_in
         yield inputs, targets, 0 if is_stand_in else session.handshake.rule.count_uncut(inputs, targets)
