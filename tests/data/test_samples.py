@@ -127,6 +127,9 @@ def test_uncut():
     assert rule.count_uncut((ones(9), ones(4)), ones(4)) == 4
     assert rule.count_uncut(ones(3), ones(3)) == 3
     assert rule.count_uncut(object(), None) is None
+    assert rule.count_uncut(object(), [ones(3), ones(4)]) == 2
+    assert rule.count_uncut(ones(2), (ones(3), ones(4))) == 2
+    assert rule.count_uncut((ones(9), ones(3)), (ones(9), ones(3))) is None  # not two samples
 
 
 # ---- parts

@@ -19,6 +19,7 @@ that hold tensors are refused. The user's `split` function takes the place of al
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -106,15 +107,14 @@ class SampleRule:
         """
         if self.split is not None:
             return self.count({"inputs": inputs, "targets": targets})
-        for roots in ({"inputs": inputs, "targets": targets}, {"targets": targets}):
-            try:
-                number = self.count(roots)
-            except (TypeError, ValueError):
-                continue
-            # A tuple of tensors that differ in length is more likely a structure, such as (values, offsets).
-            is_structure = isinstance(targets, tuple) and all(isinstance(value, Tensor) for value in targets)
-            if not (is_structure and self._structure_sizes(targets, "targets") == set()):
-                return number
+        with contextlib.suppress(TypeError, ValueError):
+            return self.count({"inputs": inputs, "targets": targets})
+        # A tuple of tensors that differ in length is more likely a structure, such as (values, offsets).
+        is_structure = isinstance(targets, tuple) and all(isinstance(value, Tensor) for value in targets)
+        if is_structure and self._structure_sizes(targets, "targets") == set():
+            return None
+        with contextlib.suppress(TypeError, ValueError):
+            return self.count({"targets": targets})
         return None
 
     def _possible(self, roots: Mapping[str, Any]) -> Iterator[set[int]]:
