@@ -274,6 +274,22 @@ def test_loader_for_evaluation_only(world):
     trainer.close()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@on_ranks(1, 2)
+def test_dataset_that_grows(world, workers):
+    """An epoch has the samples that the dataset has at its begin, as with torch's DataLoader."""
+    trainer = create_distributed_trainer(nn.Linear(1, 1))
+    samples = list(range(6))
+    loader = trainer.loader(samples, 4, shuffle=True, num_workers=workers)
+    assert len(loader) == 2
+    for epoch in range(2):
+        seen = list(itertools.chain.from_iterable(world.gather([x for part in loader for x in part.tolist()])))
+        assert sorted(seen) == list(range(6 + 5 * epoch))
+        samples += range(6, 11)
+        assert len(loader) == 3 + epoch
+    trainer.close()
+
+
 def test_seed():
     """The seed of torch decides the order."""
     orders = []

@@ -97,7 +97,7 @@ class ShardedDataLoader:
         self._rule = SampleRule() if rule is None else rule
         collate = _Collate(options.pop("collate_fn", None) or default_collate, self._rule.batch_dim)
         self._split = split  # called only when an epoch begins, since batches are read ahead of their steps
-        self._batch_size, self._drop_last = batch_size, drop_last
+        self._dataset, self._batch_size, self._drop_last = dataset, batch_size, drop_last
         self._generator = torch.Generator()  # without it each epoch would draw from torch's random stream
         options.setdefault("generator", self._generator)
         self._plan: _IndexedBatches | _IterableBatches
@@ -109,12 +109,11 @@ class ShardedDataLoader:
                     "an iterable dataset can be read by one worker, started again for each epoch: pass num_workers=1 "
                     "and no persistent_workers"
                 )
-            self._length = len(dataset) if isinstance(dataset, Sized) else None
             self._plan = _IterableBatches(dataset, batch_size, drop_last, split(), collate)
             self._loader = DataLoader(self._plan, batch_size=None, collate_fn=_as_it_is, **options)
         else:
-            self._length = len(dataset)  # type: ignore[arg-type]  # a dataset with an index has a length
-            keys: Any = _IndexedBatches(self._length, batch_size, len(self), split(), shuffle)
+            keys: Any = _IndexedBatches(batch_size, drop_last, split(), shuffle)
+            keys.num_samples = len(dataset)  # type: ignore[arg-type]  # a dataset with an index has a length
             self._plan = keys
             self._loader = DataLoader(_Seeded(dataset, collate), batch_sampler=keys, collate_fn=_as_it_is, **options)
 
@@ -124,9 +123,9 @@ class ShardedDataLoader:
         Raises:
             TypeError: The dataset has no length.
         """
-        if self._length is None:
+        if not isinstance(self._dataset, Sized):
             raise TypeError("the dataset has no length, so the number of batches is not known")
-        return self._length // self._batch_size if self._drop_last else -(-self._length // self._batch_size)
+        return _num_batches(len(self._dataset), self._batch_size, self._drop_last)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield this rank's parts of the next epoch, or of the rest of the epoch that `load_state_dict` has set.
@@ -196,6 +195,8 @@ class ShardedDataLoader:
         position = self.position
         self._plan.seed, self._plan.epoch, self._plan.first = position.seed, position.epoch, position.num_read
         self._plan.part_of = self._split()
+        if isinstance(self._plan, _IndexedBatches) and not position.num_read:
+            self._plan.num_samples = len(self._dataset)  # type: ignore[arg-type]  # it may have grown since the last epoch
         self._generator.manual_seed(position.seed + position.epoch)
         return iter(self._loader)
 
@@ -272,20 +273,24 @@ class _Key(NamedTuple):
     """One past this rank's last sample."""
 
 
+def _num_batches(num_samples: int, batch_size: int, drop_last: bool) -> int:
+    return num_samples // batch_size if drop_last else -(-num_samples // batch_size)
+
+
 class _IndexedBatches:
     """Batch sampler that yields a `_Key` for each global batch."""
 
-    def __init__(self, num_samples: int, batch_size: int, num_batches: int, part_of: PartOf, shuffle: bool) -> None:
-        self.seed = self.epoch = self.first = 0
-        self._num_samples, self._batch_size, self._num_batches = num_samples, batch_size, num_batches
+    def __init__(self, batch_size: int, drop_last: bool, part_of: PartOf, shuffle: bool) -> None:
+        self.seed = self.epoch = self.first = self.num_samples = 0
+        self._batch_size, self._drop_last = batch_size, drop_last
         self.part_of, self._shuffle = part_of, shuffle
 
     def __len__(self) -> int:
-        return self._num_batches - self.first
+        return _num_batches(self.num_samples, self._batch_size, self._drop_last) - self.first
 
     def __iter__(self) -> Iterator[_Key]:
         order = self._order()
-        for number in range(self.first, self._num_batches):
+        for number in range(self.first, self.first + len(self)):
             yield self._key(order, number)
 
     def key(self, number: int) -> _Key:
@@ -298,9 +303,9 @@ class _IndexedBatches:
 
     def _order(self) -> Sequence[int]:
         if not self._shuffle:
-            return range(self._num_samples)
+            return range(self.num_samples)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order: list[int] = torch.randperm(self._num_samples, generator=generator).tolist()
+        order: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
         return order
 
 
