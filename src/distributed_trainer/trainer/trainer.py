@@ -417,7 +417,8 @@ class DistributedTrainer:
 
         The next `backward` outside the block sends the sum of all. Gradients that were in `.grad` before the first of
         these batches are added to that sum, and are not summed over the ranks again. `train_step(microbatches=8)` does
-        the same with the parts of one batch.
+        the same with the parts of one batch. Gradients of batches at the end that do not make up 8 stay on this rank:
+        call the last `backward` outside of the block, or clear them.
 
         Returns:
             The context manager of the block.
@@ -651,8 +652,8 @@ class DistributedTrainer:
         The model is in evaluation mode during the call, and in its earlier mode afterwards. No gradients are computed.
 
         Args:
-            loader: Iterable of pairs (inputs, targets): a loader made by `trainer.loader`, or any other. Without
-                `split_batches=False`, any other loader must yield whole batches, the same on every rank, and each rank
+            loader: Iterable of pairs (inputs, targets): a loader made by `trainer.loader`, or any other. With
+                `split_batches=True`, any other loader must yield whole batches, the same on every rank, and each rank
                 computes a part of each. With `split_batches=False` it yields batches of this rank alone, in any number.
                 ValueError for elements other than pairs, or if no rank has a sample. Inputs and targets have the forms
                 that `train_step` takes.
@@ -666,9 +667,9 @@ class DistributedTrainer:
                 criterion, or with one that has reduction "sum".
 
         Returns:
-            A dict, the same on every rank: under "loss", if there is a criterion, the loss that one process computes
-                over all samples, a float or the criterion's terms as floats in their structure; and each metric by its
-                name, a float or what the torchmetrics object computes.
+            A dict, the same on every rank: under "loss", if there is a criterion, the loss of all samples as if they
+                were one batch (not the mean of the batches' losses), a float or the criterion's terms as floats in
+                their structure; and each metric by its name, a float or what the torchmetrics object computes.
 
         Raises:
             TypeError, ValueError: An argument is not as described above, or the trainer is closed.
