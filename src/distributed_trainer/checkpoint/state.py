@@ -230,7 +230,7 @@ class TrainingState:
             value.load_state_dict(state)
         progress.num_steps, progress.num_commits, progress.num_skipped_steps = first["progress"]
         progress.seed = first.get("seed", progress.seed)  # earlier versions did not save it
-        self._position.restore(first["position"], progress.counts)
+        self._position.restore(first["position"])
         streams.restore(self._device)
         if not same_ranks and not self._has_common_stream:
             rng.spread(rank, self._device)

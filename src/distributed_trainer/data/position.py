@@ -19,11 +19,12 @@ class DataPosition:
     """Position of a trainer's loaders, in the order in which they were made, and of its loop over epochs.
 
     Attributes:
-        begun_at: Progress of the trainer when it was made, or when it last loaded a checkpoint.
+        takes_parts: Whether `train_step` takes parts: `gives_parts` at the first step, or at the first after a
+            checkpoint was loaded. None before.
     """
 
     def __init__(self) -> None:
-        self.begun_at = (0, 0)
+        self.takes_parts: bool | None = None
         self._loaders: list[weakref.ref[ShardedDataLoader]] = []
         self._positions: list[LoaderPosition] = []  # theirs, even if they are gone
         self._epoch: int | None = None  # the epoch in progress in `epochs`
@@ -163,14 +164,9 @@ class DataPosition:
             states.append(state)
         return {"loaders": states, "epoch": self._epoch}, None if first is None else first.rng_state
 
-    def restore(self, state: dict[str, Any], progress: tuple[int, int]) -> None:
-        """Make loaders and `epochs` continue at a position of `state`. Loaders may be made before or after the call.
-
-        Args:
-            state: Position that `state` has returned.
-            progress: Progress of the trainer at this position.
-        """
-        self.begun_at = progress
+    def restore(self, state: dict[str, Any]) -> None:
+        """Make loaders and `epochs` continue at a position of `state`. Loaders may be made before or after the call."""
+        self.takes_parts = None
         self._restored = state["loaders"]
         self._epoch = self._first_epoch = state["epoch"]
         for ref, loader_state in zip(self._loaders, self._restored, strict=False):

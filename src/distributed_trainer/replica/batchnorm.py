@@ -88,9 +88,14 @@ class GlobalBatchNorm:
         """Return the number of BatchNorm modules found."""
         return len(self._numbers)
 
-    def is_in_training(self) -> bool:
-        """Return whether any of the modules is in training mode. Local."""
-        return any(module.training for module in self._numbers)
+    @property
+    def has_counted(self) -> bool:
+        """Whether samples of this rank have counted in statistics since this was set to False."""
+        return self._mode.has_counted
+
+    @has_counted.setter
+    def has_counted(self, value: bool) -> None:
+        self._mode.has_counted = value
 
     @property
     def waited_seconds(self) -> float:
@@ -305,6 +310,7 @@ class _GlobalStatistics(TorchFunctionMode):
         super().__init__()
         self._exchange = exchange
         self.is_dummy = False
+        self.has_counted = False  # whether samples have counted in statistics
         self.module = 0  # number of the module whose forward runs
         self.calls = 0  # calls of F.batch_norm in it
 
@@ -326,6 +332,7 @@ class _GlobalStatistics(TorchFunctionMode):
         self.calls += 1
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        self.has_counted |= len(input) > 0 and not self.is_dummy
         output: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
             *(input, weight, bias, running_mean, running_var, momentum, eps),
             _Call(self._exchange, self.module, self.is_dummy),

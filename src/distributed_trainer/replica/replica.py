@@ -155,10 +155,12 @@ class Replica:
         """Whether forward calls the other ranks: for BatchNorm, or for embeddings with `max_norm`."""
         return bool(self._batchnorm or self._max_norm)
 
-    @property
-    def has_batchnorm_in_training(self) -> bool:
-        """Whether a BatchNorm module takes statistics of all ranks in its present mode."""
-        return self._batchnorm is not None and self._batchnorm.is_in_training()
+    def take_has_counted(self) -> bool:
+        """Return whether samples of this rank have counted in BatchNorm's statistics since the last call. Local."""
+        if self._batchnorm is None:
+            return False
+        has_counted, self._batchnorm.has_counted = self._batchnorm.has_counted, False
+        return has_counted
 
     @property
     def waited_seconds(self) -> float:

@@ -102,6 +102,9 @@ class ReproducibleReplica(Replica):
     def combine_buffers(self, weight: float) -> None:
         """Do nothing: buffers of shards have a rule of their own. Local."""
 
+    def share_changed_buffers(self) -> None:
+        """Do nothing: buffers of shards have a rule of their own. Local."""
+
     def share_buffers(self, source: int) -> None:
         """Do nothing: buffers are already the same on all ranks. Local."""
 

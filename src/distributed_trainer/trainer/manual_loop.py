@@ -126,7 +126,7 @@ class ManualLoop:
         refusal = replica.refuse_hooks(session.world_size > 1) or refusal
         if not self._is_accumulating:
             refusal = replica.leaves.unsummed() or refusal
-        if is_dummy and replica.has_batchnorm_in_training:
+        if replica.take_has_counted() and is_dummy:
             refusal = refusal or (
                 "weight=0 does not go with BatchNorm in training: forward has counted this rank's samples in the "
                 "statistics. If the rank has samples, but none with a loss, return sums and pass weight=None on every "

@@ -274,7 +274,7 @@ class ElasticRecovery:
 
     def _read_again(self, attempt: StepAttempt) -> StepAttempt:
         """Return the step with this rank's part of the batch among the present ranks."""
-        if not self._position.gives_parts:
+        if not self._position.takes_parts:
             return attempt
         inputs, targets = self._position.read_again(attempt.inputs, attempt.targets)
         return StepAttempt(inputs, targets, attempt.compute, attempt.update)

@@ -77,7 +77,6 @@ class DistributedTrainer:
         self._options = options
         self._owns_groups = membership is not None  # if False, the script owns the ranks' process group
         self._is_closed = False
-        self._is_whole: bool | None = None  # whether `train_step` takes whole batches; None before the first step
         self._is_out_of_data = False  # True inside `batches` once this rank's loader has ended
         self._progress = Progress()
         self._position = DataPosition()
@@ -1001,15 +1000,17 @@ class DistributedTrainer:
         Raises:
             ValueError: Earlier steps took whole batches, but these samples are a part.
         """
-        if self._is_whole is None:
-            self._is_whole = self._options.split_batches and not self._position.gives_parts
-        elif self._is_whole and self._position.gives_parts and self._position.is_given(inputs, targets):
+        position = self._position
+        if position.takes_parts is None:
+            position.takes_parts = position.gives_parts
+        is_whole = self._options.split_batches and not position.takes_parts
+        if is_whole and position.gives_parts and position.is_given(inputs, targets):
             raise ValueError(
                 "this trainer has trained on whole batches, the same on every rank, but this batch is of "
                 "trainer.loader, which returns each rank's part. Use the loader from the first step on, or pass whole "
                 "batches only."
             )
-        return self._is_whole
+        return is_whole
 
     def _counts(self, inputs: Any, targets: Any) -> bool:
         """Return whether these samples of a part count. Local.
