@@ -119,7 +119,7 @@ def slow_tests(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
         if job and job.num_ranks > 3:
             yield item
         elif job and job != JobSpec(2):
-            others = tuple(index for name, index in item.callspec.indices.items() if name != "world")
+            others = item.callspec.id.replace(str(job), "")  # the ids of the other parameters
             tests[item.function].append((others, job, item))
     for function, runs in tests.items():
         sets, jobs = (sorted({run[position] for run in runs}) for position in (0, 1))
