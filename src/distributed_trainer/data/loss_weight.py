@@ -304,7 +304,7 @@ def _class_weight(criterion: Any, targets: Tensor) -> float:
     ignored = -100 if ignored is None else ignored
     class_weights = _option(criterion, "weight")
     if class_weights is None and type(targets) is Tensor and targets.is_cpu:
-        return float(np.count_nonzero(targets.numpy() != ignored))  # torch takes four times as long for small batches
+        return float(np.count_nonzero(targets.numpy() != ignored))  # torch takes 8 us more
     is_kept = targets != ignored
     if class_weights is None:
         return float(is_kept.sum())

@@ -88,14 +88,10 @@ class GlobalBatchNorm:
         """Return the number of BatchNorm modules found."""
         return len(self._numbers)
 
-    @property
-    def has_counted(self) -> bool:
-        """Whether samples of this rank have counted in statistics since this was set to False."""
-        return self._mode.has_counted
-
-    @has_counted.setter
-    def has_counted(self, value: bool) -> None:
-        self._mode.has_counted = value
+    def take_has_counted(self) -> bool:
+        """Return whether samples of this rank have counted in statistics since the last call. Local."""
+        has_counted, self._mode.has_counted = self._mode.has_counted, False
+        return has_counted
 
     @property
     def waited_seconds(self) -> float:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find tensors that get gradients in a step's backward and are not parameters of the trainer's model, and BatchNorm.
+"""Find what in the graph of a loss the sum over the ranks would get wrong.
 
-Nothing would sum their gradients over the ranks. To find them, the graph of the loss is walked to its leaves, which
-takes about 0.2 us for each node. So it is walked when it may have changed: autograd numbers its nodes, and the count
-of nodes made since forward began tells one graph from another. It is also walked in every hundredth backward.
+Such are tensors that get gradients and are not parameters of the trainer's model, since nothing would sum their
+gradients over the ranks. To find them, the graph of the loss is walked to its leaves, which takes about 0.2 us for each
+node. So it is walked when it may have changed: autograd numbers its nodes, and the count of nodes made since forward
+began tells one graph from another. It is also walked in every hundredth backward.
 
 - Parameters of other modules (a criterion's, a second model's), and other tensors that an optimizer updates, are
   refused.
@@ -78,7 +79,7 @@ class LeafCheck:
             return None
         leaves, mixing = _walk(loss)
         if self._group.size() > 1:
-            for name in mixing - self._allowed:
+            for name in sorted(mixing - self._allowed):
                 return _MIXING[name]
         refusal, passed = self._examine(leaves)
         if refusal is None:  # a graph that was refused stays unknown, to be refused again

@@ -157,10 +157,7 @@ class Replica:
 
     def take_has_counted(self) -> bool:
         """Return whether samples of this rank have counted in BatchNorm's statistics since the last call. Local."""
-        if self._batchnorm is None:
-            return False
-        has_counted, self._batchnorm.has_counted = self._batchnorm.has_counted, False
-        return has_counted
+        return self._batchnorm is not None and self._batchnorm.take_has_counted()
 
     @property
     def waited_seconds(self) -> float:

@@ -150,7 +150,7 @@ class ManualLoop:
         keeps_graph = create_graph if retain_graph is None else retain_graph
         self._has_run_forward = self._has_run_forward and keeps_graph
         if not keeps_graph:
-            self._outputs = []
+            self._outputs.clear()  # an open `forward` appends to the same list
         replica.combine_buffers(own)
         if not self._holds_back:
             replica.check_batchnorm()

@@ -477,8 +477,8 @@ class DistributedTrainer:
     def split(self, batch: Any) -> Any:
         """Return this rank's part of a batch that every rank has, for manual loops. Local.
 
-        The next `backward` compares the ranks' batches (the last eight, if there were more), and raises MismatchError
-        on every rank if they differ.
+        The next `backward` compares the ranks' batches, and raises MismatchError on every rank if they differ. For that
+        the last eight batches are kept in memory until then; for inference see `evaluate`.
 
         Batches of `trainer.loader` are this rank's part already: do not split them. Parts are contiguous, in rank
         order, and differ by at most one sample (with `balance_speed` by more); with fewer samples than ranks some are
