@@ -257,6 +257,7 @@ def test_loader_for_evaluation_only(world):
     x, y = torch.randn(7, 3, dtype=F64), torch.randn(7, 2, dtype=F64)
     criterion = nn.MSELoss(reduction="sum")
     held_out = trainer.loader(TensorDataset(x, y), 4)
+    trainer.evaluate(held_out, criterion)
     for _ in range(2):
         trainer.train_step(x, y, criterion, optimizer)
         plain_optimizer.zero_grad()
