@@ -23,7 +23,7 @@ FUZZ_SECONDS ?= 60
 TORCH ?= $(shell sed -n 's/.*"torch>=\(.*\)".*/\1/p' pyproject.toml)
 
 .PHONY: help demo test announce-test test-all test-rest test-rest-on-ranks test-rest-beside test-installations test-torch \
-	test-engine test-engine-threads fuzz lint bench stub docs-table build build-openmpi build-mpich wheel clean
+	test-engine test-engine-threads fuzz lint bench stub docs-table build build-openmpi build-mpich wheel manylinux clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,7 +43,7 @@ announce-test:
 test-all: test  ## All tests: both MPIs, more ranks, sanitizers, fuzzing, hosts, Slurm, installations
 	$(MAKE) test-rest
 
-test-rest: wheel .venv/.frameworks .venv/.fuzz
+test-rest: build wheel .venv/.frameworks .venv/.fuzz
 	$(MAKE) --jobs=2 test-rest-on-ranks test-rest-beside
 
 test-rest-on-ranks:
@@ -117,15 +117,26 @@ docs-table: build-openmpi  ## Tables in docs/torch-distributed.md and docs/compa
 
 build: build-openmpi build-mpich  ## The engine's modules, put into src/distributed_trainer
 
-build-openmpi build-mpich: build-%: $$(VENV_$$*)/.installed
+build-openmpi build-mpich: build-%: $$(VENV_$$*)/bin/distributed-trainer
 	$(call cmake,$*,$*) -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/src/distributed_trainer
 	$(VENV_$*)/bin/cmake --build build/$*
 
-wheel: build  ## One wheel with the modules for both, in dist/
+wheel: .venv/.installed .venv-mpich/.installed  ## One wheel with the modules for both, and the sdist, in dist/
 	rm -rf build/wheel dist
-	.venv/bin/pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel/openmpi -Cbuild-dir=build/openmpi .
-	.venv-mpich/bin/pip wheel --no-deps --no-build-isolation --wheel-dir build/wheel/mpich -Cbuild-dir=build/mpich .
+	.venv/bin/pip wheel $(PIP_WHEEL) --wheel-dir build/wheel/openmpi -Cbuild-dir=$(WHEEL_BUILD)/openmpi .
+	.venv-mpich/bin/pip wheel $(PIP_WHEEL) --wheel-dir build/wheel/mpich -Cbuild-dir=$(WHEEL_BUILD)/mpich .
 	.venv/bin/python tools/merge_wheels.py dist build/wheel/openmpi/*.whl build/wheel/mpich/*.whl
+	PYTHONPATH=tools .venv/bin/python -c 'import build_backend; build_backend.build_sdist("dist")'
+
+WHEEL_BUILD := build
+PIP_WHEEL := --no-deps --no-build-isolation
+
+# LDFLAGS: zig has no __cpu_model, by which the engine's hot loops choose their instruction set; libgcc.a has it.
+manylinux: .venv/.wheel  ## The same for systems with glibc 2.28 or newer, such as RHEL 8
+	CXX=$(CURDIR)/tools/zig-c++ LDFLAGS=`c++ -print-libgcc-file-name` $(MAKE) wheel WHEEL_BUILD=build/manylinux
+	PATH=$(CURDIR)/.venv/bin:$$PATH auditwheel repair --only-plat --plat manylinux_2_28_`uname -m` --wheel-dir dist \
+	  dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
 
 clean:  ## Remove what was built
 	rm -rf build dist src/distributed_trainer/_engine_*.so
@@ -140,12 +151,18 @@ cmake = $(VENV_$1)/bin/cmake -S . -B build/$2 -G Ninja --log-level=WARNING -DENG
 build/torch-$(TORCH)/.installed: MPI := openmpi==5.0.11
 build/torch-$(TORCH)/.installed: TORCH_PIN := torch==$(TORCH)
 .venv/.installed .venv-mpich/.installed build/torch-$(TORCH)/.installed: requirements-dev.txt
+	@echo 'Setting up $(@D): hundreds of MB of packages, in a few minutes.'
 	$(PYTHON) -m venv $(@D)
 	sed 's/^torch==.*/$(or $(TORCH_PIN),&)/' $< > $(@D)/requirements.txt
-	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $(@D)/requirements.txt $(MPI)
+	$(@D)/bin/pip install --disable-pip-version-check --requirement $(@D)/requirements.txt $(MPI)
 	@echo $(CURDIR)/src > `$(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/distributed_trainer.pth
 	@touch $@
 
-.venv/.frameworks .venv/.fuzz: .venv/.%: requirements-%.txt .venv/.installed
-	.venv/bin/pip install --quiet --disable-pip-version-check --requirement $<
+# The console command of the checkout, which pip does not install here.
+.venv/bin/distributed-trainer .venv-mpich/bin/distributed-trainer: %/bin/distributed-trainer: %/.installed
+	@printf '#!/bin/sh\nexec "%s" -m distributed_trainer "$$@"\n' $(CURDIR)/$*/bin/python > $@
+	@chmod +x $@
+
+.venv/.frameworks .venv/.fuzz .venv/.wheel: .venv/.%: requirements-%.txt .venv/.installed
+	.venv/bin/pip install --disable-pip-version-check --requirement $<
 	@touch $@

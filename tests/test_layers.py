@@ -24,7 +24,7 @@ ROOMS = {
     "metrics": {"backend"},
     "backend": {"launch"},
     "launch": set(),
-    "cli": {"backend", "launch"},
+    "cli": {"", "backend", "launch"},  # the version
 }
 LEAVES = {"errors", "options"}
 

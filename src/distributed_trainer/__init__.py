@@ -63,6 +63,8 @@ __all__ = [
     "create_distributed_trainer",
 ]
 
+__version__ = "0.1.0"
+
 
 def _is_command() -> bool:
     """Return whether this process is `distributed-trainer` or `python -m distributed_trainer`."""
@@ -72,7 +74,7 @@ def _is_command() -> bool:
     return is_module or os.path.basename(program) == "distributed-trainer"
 
 
-if not _is_command():  # the command becomes mpirun, and need not wait for torch: importing it takes a second or more
+if not _is_command():  # the command starts mpirun, and need not wait for torch: importing it takes a second or more
     from .backend.register import register
     from .options import PowerSGD
     from .replica.streams import common_random

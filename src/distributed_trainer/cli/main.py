@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from ..errors import DistributedTrainerError
 from . import check, run
 
@@ -18,10 +19,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Starts training scripts on MPI ranks, and checks whether ranks will work together.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run.add_parser(commands)
     check.add_parser(commands)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # argparse itself would show the usage of the parent
+        options.parser.error(f"unknown argument {unknown[0]}: the usage above shows what is allowed")
     try:
         exit_code: int = options.main(options)
         return exit_code
