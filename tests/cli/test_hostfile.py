@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hostfiles in both formats, and the number of ranks that each host gets."""
 
+import re
+
 import pytest
 
 from distributed_trainer.cli.hostfile import Host, place_ranks, read_hostfile
@@ -45,6 +47,12 @@ def test_forms(tmp_path, text, hosts):
 def test_what_is_refused(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, text)
+
+
+def test_what_is_not_there(tmp_path):
+    message = f"there is no hostfile hosts.txt in {tmp_path}. Write one with a line for each host: `node1 slots=2`"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        read_hostfile(tmp_path / "hosts.txt")
 
 
 def test_what_is_no_text(tmp_path):

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`distributed-trainer run --restarts`: which jobs are started again, on which hosts, and with which exit code."""
+"""How `distributed-trainer run` runs mpirun, and which jobs `--restarts` starts again, on which hosts."""
 
+import contextlib
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -76,6 +79,8 @@ def test_errors_of_the_script(start, tmp_path, fault):
     _, err = job.communicate(timeout=START_SECONDS)
     assert job.returncode > 0, err
     assert (tmp_path / "attempts").read_text() == "x"
+    if fault == "1 / 0":
+        assert err.endswith("\nZeroDivisionError: division by zero\n")
 
 
 def test_told_to_end(start, tmp_path):
@@ -142,3 +147,117 @@ def test_lost_hosts(tmp_path, capsys):
     code, commands = supervise(tmp_path, "exit 255", hosts, lost={"a", "b"})
     assert (code, commands) == (255, [["a", "b"]])
     assert "b is left out: does not answer; no host is left" in capsys.readouterr().err
+
+
+# ---- a script in the place of mpirun
+
+# Counts the signals that it gets, and prints them when it is told to end.
+MPIRUN = """
+import os, signal, sys, time
+got = []
+for name in ("SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+    signal.signal(getattr(signal, name), lambda number, _: got.append(signal.Signals(number).name))
+print(os.getpid(), file=sys.stderr, end="\\r", flush=True)  # a line that has no end yet
+while "SIGTERM" not in got:
+    time.sleep(0.05)
+time.sleep(0.2)
+print(*got, file=sys.stderr, flush=True)
+sys.exit(7)
+"""
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Function that starts `run_mpirun` with a Python script in the place of mpirun, in a process without torch."""
+    processes = []
+
+    def call(script, program=sys.executable, option="-c", **options):
+        command = [program, option, script]
+        text = (
+            "import os, sys\nfrom distributed_trainer.cli.supervisor import run_mpirun\n"
+            f"code, was_told_to_end = run_mpirun({command}, os.environ, False)\n"
+            f"sys.exit(code + 100 * was_told_to_end)"
+        )
+        (tmp_path / "distributed-trainer").write_text(text)  # a script of this name does not import torch
+        words = [sys.executable, tmp_path / "distributed-trainer"]
+        options |= {"env": shell_environment(), "stderr": subprocess.PIPE, "start_new_session": True}
+        processes.append(subprocess.Popen(words, **options))
+        return processes[-1]
+
+    yield call
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_signals_reach_mpirun(call):
+    """Each signal arrives once; bytes arrive before their line has an end; the exit code is mpirun's."""
+    job = call(MPIRUN)
+    assert os.read(job.stderr.fileno(), 99).endswith(b"\r")
+    names = ["SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGTERM"]
+    for name in names:
+        job.send_signal(getattr(signal, name))
+        time.sleep(0.1)
+    _, err = job.communicate(timeout=20)
+    assert (err.decode().split(), job.returncode) == (names, 107)
+
+
+def test_keys_of_a_terminal(call):
+    """Ctrl-C arrives once: a second one would make MPICH kill the ranks, which may be writing a checkpoint."""
+    terminal, side = pty.openpty()
+
+    def control_terminal():
+        os.close(os.open(os.ttyname(0), os.O_RDWR))
+
+    job = call(MPIRUN, stdin=side, preexec_fn=control_terminal)
+    assert os.read(job.stderr.fileno(), 99).endswith(b"\r")
+    job.send_signal(signal.SIGSTOP)  # so that a second one would come later
+    os.write(terminal, b"\x03")
+    time.sleep(0.3)
+    job.send_signal(signal.SIGCONT)
+    time.sleep(0.1)
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=20)
+    os.close(terminal)
+    os.close(side)
+    assert err.decode().split() == ["SIGINT", "SIGTERM"]
+
+
+def test_nohup(call):
+    """A closed terminal does not end a job that was started by nohup."""
+    job = call("import time; time.sleep(0.5)", preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    time.sleep(0.3)
+    job.send_signal(signal.SIGHUP)
+    assert job.wait(20) == 0
+
+
+def test_mpirun_ends_if_its_parent_is_killed(call):
+    job = call(MPIRUN)
+    pid = int(os.read(job.stderr.fileno(), 99))
+    job.kill()
+    deadline = time.monotonic() + 10
+    while is_alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_held_bytes_appear(call):
+    """Bytes that are held after an exception appear soon, also if no more come."""
+    job = call("printf 'Traceback (most recent call last):\\n%074d\\n' | tr 0 - >&2; sleep 60", "sh")
+    text = b""
+    while text.count(b"\n") < 2:
+        assert select.select([job.stderr], [], [], 10)[0], text
+        text += os.read(job.stderr.fileno(), 999)
+    assert text.endswith(b"\n" + b"-" * 74 + b"\n")
+
+
+def test_nothing_is_lost(call):
+    """All bytes arrive in their order, also if the reader is slow, and a process that mpirun leaves holds the pipe."""
+    job = call("seq 100000 >&2; sleep 60 >&2 & echo $! >&2", "sh")
+    time.sleep(0.5)
+    _, err = job.communicate(timeout=20)
+    *numbers, pid = err.split()
+    os.kill(int(pid), signal.SIGKILL)
+    assert numbers == [b"%d" % number for number in range(1, 100001)]
+    assert job.returncode == 0

@@ -57,7 +57,7 @@ class Shell:
         )
 
     def run(self, arguments="train.py"):
-        command = f"{sys.executable} -m distributed_trainer run --hostfile hosts.txt {arguments}"
+        command = f"{sys.executable} -m distributed_trainer run --verbose --hostfile hosts.txt {arguments}"
         return self.on(0, f"cd {self.folder} && {command}")
 
     def refusal(self, arguments="train.py"):

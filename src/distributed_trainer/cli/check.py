@@ -40,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     run.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print the report for scripts")
-    parser.set_defaults(main=main, tag_output=False)
+    parser.set_defaults(main=main, parser=parser, tag_output=False)
 
 
 def main(options: argparse.Namespace) -> int:

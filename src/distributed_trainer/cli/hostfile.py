@@ -34,9 +34,17 @@ def read_hostfile(path: str | Path) -> list[Host]:
         OSError: The file cannot be read.
         ValueError: A line has another form, or only some of the hosts have slots.
     """
+    path = Path(path)
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"there is no hostfile {path.name} in {path.absolute().parent}. Write one with a line for each host: "
+            f"`node1 slots=2` starts 2 ranks on node1."
+        ) from None
     bare: Counter[str] = Counter()
     slots: Counter[str] = Counter()
-    for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+    for number, text in enumerate(lines, 1):
         line = text.partition("#")[0].strip()
         if not line:
             continue

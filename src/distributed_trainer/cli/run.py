@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import functools
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +36,7 @@ _ALLOCATIONS = ("SLURM_JOB_NODELIST", "PBS_NODEFILE", "LSB_MCPU_HOSTS", "PE_HOST
 _ELASTIC_RESTARTS = 3
 
 _DESCRIPTION = """\
-Becomes `mpirun -np N python SCRIPT ARGS`, with the mpirun of the MPI that the ranks will use. Sets the variables that
+Runs `mpirun -np N python SCRIPT ARGS`, with the mpirun of the MPI that the ranks will use. Sets the variables that
 users would otherwise need to know, except those that the environment sets already. --dry-run prints the command.
 
 With --hostfile all hosts are first asked whether the ranks can run there, which takes 5 s at most.
@@ -48,7 +50,6 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="start a script on MPI ranks",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="distributed-trainer run [-np N] [--hostfile FILE] [OPTIONS] SCRIPT [ARGS ...]",
         allow_abbrev=False,
     )
     add_options(parser)
@@ -59,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     option(
         "--restarts",
-        type=_positive,
+        type=functools.partial(_positive, "the number of restarts"),
         metavar="N",
         help="start the job again, at most N times, when a rank was killed or a host lost; hosts that do not answer "
         f"are left out. For scripts that call trainer.resume. Default: 0, with --elastic {_ELASTIC_RESTARTS}",
@@ -85,16 +86,28 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         f"({stall_limits.TIMEOUT_VARIABLE})",
     )
     option("--dry-run", action="store_true", help="print the command and end")
+    option(
+        "--verbose",
+        action="store_true",
+        help="print the command, and show what mpirun prints after a rank's exception",
+    )
     option("-m", dest="is_module", action="store_true", help="SCRIPT is a module, as for python -m")
     option("script", metavar="SCRIPT")
-    option("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="belong to the script")
-    parser.set_defaults(main=main)
+    # There may be none, which Python 3.10 and 3.11 would not allow for in the message about a missing script.
+    option("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="belong to the script").required = False
+    parser.set_defaults(main=main, parser=parser)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that `make_plan` reads."""
     option = parser.add_argument
-    option("-np", "-n", dest="num_ranks", type=_positive, metavar="N", help="ranks; default: slots, GPUs or else cores")
+    option(
+        *("-np", "-n"),
+        dest="num_ranks",
+        type=functools.partial(_positive, "the number of ranks"),
+        metavar="N",
+        help="ranks; default: slots, GPUs or else cores",
+    )
     option("--hostfile", metavar="FILE", help="lines `name slots=2` or `name:2`")
     option("--oversubscribe", action="store_true", help="allow more ranks than the hostfile has slots")
     option(
@@ -108,9 +121,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     option("--no-preflight", action="store_true", help="do not ask the hosts first")
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of ranks or restarts")
+def _positive(name: str, text: str) -> int:
+    if not re.fullmatch("[0-9]*[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{name} must be a whole number of at least 1, not {text!r}")
     return int(text)
 
 
@@ -123,7 +136,7 @@ def _seconds(text: str) -> str:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Become mpirun; return only after --dry-run and with --restarts.
+    """Run mpirun; return its exit code, or that of the last restart.
 
     Raises:
         ValueError, OSError: The command line or the hostfile is wrong.
@@ -149,17 +162,17 @@ def main(options: argparse.Namespace) -> int:
     wrapper = redirection(options.log_dir, "rank-${OMPI_COMM_WORLD_RANK:-$PMI_RANK}")
     plan = make_plan(options, words, script, variables, wrapper, options.elastic)
     command = plan.make_command(plan.hosts)
-    line = shlex.join(command)
     for warning in plan.warnings:
         print(f"distributed_trainer: {warning}", file=sys.stderr)
     if options.dry_run:
-        print(*(f"{name}={shlex.quote(value)}" for name, value in plan.variables.items()), line)
+        print(*(f"{name}={shlex.quote(value)}" for name, value in plan.variables.items()), shlex.join(command))
         return 0
     environment = {**os.environ, **plan.variables}
     if options.restarts:
-        return supervisor.supervise(plan.make_command, plan.hosts, plan.find_lost, environment, options.restarts)
-    print(f"distributed_trainer: running {line}", file=sys.stderr, flush=True)
-    os.execve(command[0], command, environment)
+        return supervisor.supervise(
+            plan.make_command, plan.hosts, plan.find_lost, environment, options.restarts, options.verbose
+        )
+    return supervisor.run_mpirun(command, environment, options.verbose)[0]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`distributed-trainer run --restarts`: starts a job again after a killed rank or a lost host has ended it.
+"""Run mpirun; with `--restarts`, run it again after a killed rank or a lost host has ended the job.
 
 The script itself continues from its newest checkpoint. A job that the script's exception ended is not started again.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -17,13 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
 from ..launch import job_record
+from .boilerplate import HOLD_SECONDS, Boilerplate
 from .hostfile import Host
 
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+_PASSED_ON = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 _BY_SIGNAL = 128  # lowest exit code that means an end by a signal
 
@@ -34,8 +35,9 @@ def supervise(
     find_lost: Callable[[Sequence[Host]], Mapping[str, str]],
     environment: Mapping[str, str],
     num_restarts: int,
+    is_verbose: bool = False,
 ) -> int:
-    """Run mpirun, and run it again when a rank or host was lost; print a line on stderr for each start and loss.
+    """Run mpirun, and run it again when a rank or host was lost; print a line on stderr for each loss.
 
     Args:
         make_command: Function that returns mpirun's command line for some hosts; its argument is None without a
@@ -44,18 +46,17 @@ def supervise(
         find_lost: Function that returns those hosts that do not answer, each with the reason.
         environment: Environment of mpirun, with the path of the job's record.
         num_restarts: Largest number of restarts.
+        is_verbose: As for `run_mpirun`.
 
     Returns:
         mpirun's exit code, but never 0 for a job that has begun and was not completed.
     """
     path = Path(environment[job_record.VARIABLE])
     for attempt in range(num_restarts + 1):
-        command = make_command(hosts)
-        _say(f"running {shlex.join(command)}")
         began = time.monotonic()
         path.unlink(missing_ok=True)
         with _place_for_segments(environment, hosts) as place:
-            code, was_told_to_end = _run(command, {**environment, **place})
+            code, was_told_to_end = run_mpirun(make_command(hosts), {**environment, **place}, is_verbose)
         lines = job_record.read(path)
         path.unlink(missing_ok=True)
         has_started, is_complete = job_record.STARTED in lines, job_record.COMPLETED in lines
@@ -80,23 +81,106 @@ def supervise(
     raise AssertionError("unreachable")
 
 
-def _run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, bool]:
-    """Run a command and pass signals to it; return its exit code, and whether a signal told it to end."""
-    process = subprocess.Popen(command, env=dict(environment), preexec_fn=_end_with_parent)
+def run_mpirun(command: Sequence[str], environment: Mapping[str, str], is_verbose: bool) -> tuple[int, bool]:
+    """Run mpirun; return its exit code, and whether a signal told it to end.
+
+    mpirun has this process's stdin, stdout and process group. It gets the signals that are sent to this process alone,
+    and ends if this process is killed.
+
+    Args:
+        command: mpirun's command line.
+        environment: mpirun's environment.
+        is_verbose: Whether to print the command line first, and then all that mpirun prints; False for what
+            `Boilerplate` leaves.
+    """
+    if is_verbose:
+        _say(f"running {shlex.join(command)}")
+    is_filtered = not is_verbose and sys.stderr is not None
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    awaited = {*_PASSED_ON, signal.SIGCHLD} - ({signal.SIGHUP} if is_nohup else set())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it were ignored, the exit code would be lost
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+
+    def prepare() -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
     was_told_to_end = False
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        nonlocal was_told_to_end
-        was_told_to_end = was_told_to_end or number in _ENDING
-        process.send_signal(number)
-
-    previous = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:
-        code = process.wait()
+        stderr = subprocess.PIPE if is_filtered else None
+        process = subprocess.Popen(command, env=dict(environment), stderr=stderr, preexec_fn=prepare)
+        with _copying(process):
+            while process.poll() is None:
+                info = signal.sigwaitinfo(awaited)
+                if info.si_signo != signal.SIGCHLD:
+                    was_told_to_end = was_told_to_end or info.si_signo in _ENDING
+                    # A terminal's signal has reached mpirun already, and a second Ctrl-C makes MPICH kill at once.
+                    if info.si_code <= 0:
+                        process.send_signal(info.si_signo)
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    code = process.returncode
     return code if code >= 0 else _BY_SIGNAL - code, was_told_to_end
+
+
+@contextlib.contextmanager
+def _copying(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Copy the process's stderr, if it is a pipe, to this one's, up to what has been written at the end.
+
+    A process does this, not a thread. If this process is killed, the other one continues, and mpirun does not die of a
+    broken pipe before it has ended the ranks. Nor does mpirun get SIGTERM twice, as from a parent with two threads.
+    """
+    if process.stderr is None:
+        yield
+        return
+    told, tell = os.pipe()
+    copier = os.fork()
+    if copier == 0:
+        try:
+            os.close(tell)
+            _copy(process.stderr.fileno(), told)
+        finally:
+            os._exit(0)
+    process.stderr.close()
+    os.close(told)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(BrokenPipeError):  # the copier has ended
+            os.write(tell, b"!")
+        os.close(tell)
+        os.waitpid(copier, 0)
+
+
+def _copy(source: int, told: int) -> None:
+    """Copy bytes until `source` ends, or is empty after a byte has come from `told`.
+
+    The end may not come, since processes that mpirun has left hold the pipe open, as ssh with a shared connection does.
+    """
+    boilerplate = Boilerplate()
+    poll = select.poll()
+    poll.register(source, select.POLLIN)
+    poll.register(told, select.POLLIN)
+    while True:
+        ready = dict(poll.poll(1000 * HOLD_SECONDS if boilerplate.is_holding else None))
+        data = os.read(source, 1 << 16) if source in ready else b""
+        _write(boilerplate.feed(data) if data else boilerplate.flush())
+        if source in ready and not data:
+            return
+        if source not in ready and told in ready:
+            if os.read(told, 1):
+                return
+            poll.unregister(told)  # this process's parent was killed
+
+
+def _write(data: bytes) -> None:
+    while data:
+        try:
+            data = data[os.write(2, data) :]
+        except BlockingIOError:
+            select.select([], [2], [])
+        except OSError:
+            return  # the terminal or the reader is gone
 
 
 @contextlib.contextmanager
@@ -109,11 +193,6 @@ def _place_for_segments(environment: Mapping[str, str], hosts: Sequence[Host] | 
     prefix = f"distributed-trainer-{os.getpid()}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True) as made:
         yield {name: made}
-
-
-def _end_with_parent() -> None:
-    """Arrange in the child that mpirun will get SIGTERM when this process is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _say(text: str) -> None:
