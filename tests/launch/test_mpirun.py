@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distributed_trainer import MPINotFoundError
+from distributed_trainer import LaunchError, MPINotFoundError
 from distributed_trainer.launch import mpirun
 from distributed_trainer.launch.mpi_library import MPILibrary
 
@@ -98,3 +98,10 @@ def test_mpirun_beside_the_library_comes_first(tmp_path, monkeypatch):
     link.parent.mkdir(parents=True)
     link.symlink_to(f"{tmp_path}/opt/lib/libmpi.so.40")
     assert mpirun.find_mpirun(MPILibrary(str(link), "openmpi")) == beside
+
+
+def test_elastic_on_old_linux(monkeypatch):
+    """Before Linux 5.3 ranks would not notice that another one of their machine was killed."""
+    monkeypatch.setattr(mpirun, "_PIDFD_OPEN", 100_000)
+    with pytest.raises(LaunchError, match=r"--elastic needs Linux 5.3 or newer \(pidfd_open\), and this is \d"):
+        mpirun.elastic_settings(OPENMPI)

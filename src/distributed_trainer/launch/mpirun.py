@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..errors import MPINotFoundError
+from ..errors import LaunchError, MPINotFoundError
 from .host_facts import has_network_cards
 from .mpi_library import MPILibrary
 
@@ -24,6 +24,7 @@ _FILL_HOSTS = {  # gives the ranks of a host successive numbers
     "OMPI_MCA_rmaps_base_mapping_policy": "slot",
 }
 _FILL_AND_OVERSUBSCRIBE = {"PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe"}
+_PIDFD_OPEN = 434  # number of the system call on every processor
 _NO_BINDING = {  # without it two ranks get one core each, however many cores there are
     "PRTE_MCA_hwloc_default_binding_policy": "none",
     "OMPI_MCA_hwloc_base_binding_policy": "none",
@@ -55,7 +56,14 @@ def elastic_settings(mpi: MPILibrary) -> tuple[list[str], dict[str, str]]:
     """Return options and variables for an mpirun whose ranks continue when one is killed, if this MPI can do that.
 
     So far only Open MPI 5 can: MPICH has the functions for it, but they end the job.
+
+    Raises:
+        LaunchError: Linux cannot tell the ranks of this machine that one of them has ended.
     """
+    descriptor = ctypes.CDLL(None).syscall(_PIDFD_OPEN, os.getpid(), 0)
+    if descriptor < 0:
+        raise LaunchError(f"--elastic needs Linux 5.3 or newer (pidfd_open), and this is {os.uname().release}")
+    os.close(descriptor)
     settings = {"DTRAIN_ELASTIC": "1"}
     if mpi.family != "openmpi" or not hasattr(ctypes.CDLL(mpi.path), "MPIX_Comm_shrink"):
         return [], settings
