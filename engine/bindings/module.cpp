@@ -155,9 +155,10 @@ NB_MODULE(ENGINE_MODULE_NAME, m) {
           "report_seconds, at first 5: a wait is reported before it has lasted so long. timeout_seconds, at first 600: "
           "a rank that is silent for so long ends the job.")
       .def(
-          "set_stack_signal", [](Engine& self, int signal) { self.monitor().set_stack_signal(signal); },
-          nb::arg("signal"),
-          "Set the signal that the main thread gets when others wait for this rank; 0 for none. Local.")
+          "set_stack_signal", [](Engine& self, int signal, int pipe) { self.monitor().set_stack_signal(signal, pipe); },
+          nb::arg("signal"), nb::arg("pipe"),
+          "Set the signal that the main thread gets when others wait for this rank. Local.\n\n"
+          "Its handler writes the stack to a pipe; the engine prints what it reads from pipe, which does not block.")
       .def(
           "note_call",
           [](Engine& self, const std::string& call, const std::string& file, int line) {

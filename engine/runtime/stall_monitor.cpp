@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
@@ -146,7 +147,7 @@ void StallMonitor::set_limits(std::optional<double> report_seconds, std::optiona
 
 void StallMonitor::take_settings(const StallMonitor& other) {
   set_limits(other.report_seconds_, other.timeout_seconds_);
-  set_stack_signal(other.stack_signal_);
+  set_stack_signal(other.stack_signal_, other.stack_pipe_);
 }
 
 void StallMonitor::note_call(const std::string& call, const std::string& file, int line) {
@@ -225,13 +226,15 @@ std::vector<Snapshot> StallMonitor::seen_here() {
 
 void StallMonitor::run() {
   while (!stopping_) {
-    std::vector<pollfd> events{{.fd = wake_.get(), .events = POLLIN, .revents = 0}};
+    std::vector<pollfd> events{{.fd = wake_.get(), .events = POLLIN, .revents = 0},
+                               {.fd = stack_pipe_, .events = POLLIN, .revents = 0}};
     for (const Neighbour& neighbour : neighbours_) {
       if (neighbour.process && !neighbour.is_dead) events.push_back({neighbour.process.get(), POLLIN, 0});
     }
     const auto between = std::min(longest_between_looks_ms, static_cast<std::int64_t>(report_seconds_ * 50));
     poll(events.data(), events.size(), static_cast<int>(std::max<std::int64_t>(between, 1)));
     look();
+    show_frames();
   }
 }
 
@@ -416,6 +419,25 @@ void StallMonitor::show_stack() {
   stack_shown_for_ms_ = place.since_ms;
   say("rank " + std::to_string(rank_) + ", for which others wait, is here:");
   syscall(SYS_tgkill, getpid(), getpid(), stack_signal_.load());  // the main thread's ID is the process's
+}
+
+// Prints the stack that has arrived in the pipe, without the frames of importlib: it has five for each module of a
+// chain of imports, so the modules' own frames could not be seen between them.
+void StallMonitor::show_frames() {
+  std::array<char, 4096> bytes;
+  while (true) {
+    const ssize_t count = read(stack_pipe_, bytes.data(), bytes.size());
+    if (count <= 0) break;
+    frames_.append(bytes.data(), static_cast<std::size_t>(count));
+  }
+  std::string shown;
+  std::size_t start = 0;
+  for (std::size_t end; (end = frames_.find('\n', start)) != std::string::npos; start = end + 1) {
+    const std::string line = frames_.substr(start, end + 1 - start);
+    if (line.find("<frozen importlib") == std::string::npos) shown += line;
+  }
+  frames_.erase(0, start);
+  if (!shown.empty()) static_cast<void>(!write(STDERR_FILENO, shown.data(), shown.size()));
 }
 
 // Writes the line in one piece, so that the lines of several ranks do not mix.

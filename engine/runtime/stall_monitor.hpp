@@ -45,8 +45,12 @@ class StallMonitor {
   // Sets the limits: a wait is reported before it has lasted `report_seconds`; a rank that is silent for
   // `timeout_seconds` ends the job. None leaves a limit unchanged.
   void set_limits(std::optional<double> report_seconds, std::optional<double> timeout_seconds);
-  // Sets the signal that makes this process write its stack when its main thread receives it; 0 for none.
-  void set_stack_signal(int signal) { stack_signal_ = signal; }
+  // Sets the signal that makes this process write its stack to a pipe when its main thread receives it, and the pipe's
+  // end to read from, which does not block.
+  void set_stack_signal(int signal, int pipe) {
+    stack_pipe_ = pipe;
+    stack_signal_ = signal;
+  }
 
   // Sets the limits and the signal that `other` has.
   void take_settings(const StallMonitor& other);
@@ -113,6 +117,7 @@ class StallMonitor {
   bool survives_deaths() const { return hooks_.lose_rank != nullptr; }
   void end_silent(const std::vector<Snapshot>& snapshots, const std::string& text);
   void show_stack();
+  void show_frames();
   void say(const std::string& text) const;
   std::string memory_note() const;
 
@@ -125,7 +130,8 @@ class StallMonitor {
   const int killed_for_memory_at_start_;
   Descriptor wake_;
   std::atomic<bool> stopping_ = false;
-  std::atomic<int> stack_signal_ = 0;
+  std::atomic<int> stack_signal_ = 0;  // 0 for none
+  std::atomic<int> stack_pipe_ = -1;
   std::atomic<double> report_seconds_ = 5;
   std::atomic<double> timeout_seconds_ = 600;
 
@@ -143,6 +149,7 @@ class StallMonitor {
   std::optional<std::int64_t> silent_since_ms_;
   std::uint32_t wanted_seen_ = 0;
   std::int64_t stack_shown_for_ms_ = -1;
+  std::string frames_;  // read from the pipe, without a whole line yet
   std::optional<std::int64_t> ending_since_ms_;
   std::unique_ptr<std::thread> thread_;
 };

@@ -276,9 +276,11 @@ class Engine:
         report_seconds, at first 5: a wait is reported before it has lasted so long. timeout_seconds, at first 600: a rank that is silent for so long ends the job.
         """
 
-    def set_stack_signal(self, signal: int) -> None:
+    def set_stack_signal(self, signal: int, pipe: int) -> None:
         """
-        Set the signal that the main thread gets when others wait for this rank; 0 for none. Local.
+        Set the signal that the main thread gets when others wait for this rank. Local.
+
+        Its handler writes the stack to a pipe; the engine prints what it reads from pipe, which does not block.
         """
 
     def note_call(self, call: str, file: str, line: int) -> None:

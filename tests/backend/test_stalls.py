@@ -165,6 +165,19 @@ def test_interpreter_held(run):
     assert job.process.wait(START_SECONDS) == 0, job.err
 
 
+def test_slow_import(run, tmp_path):
+    """The stack of a rank that imports shows the importing modules, without the frames of importlib."""
+    (tmp_path / "outer.py").write_text("import inner\n")
+    (tmp_path / "inner.py").write_text("import time\ntime.sleep(1)\n")
+    script = SCRIPT.format(before="", culprit=1, fault="import outer", after="step(trainer)")
+    job = run(script, 2, DTRAIN_STALL_REPORT="0.3")
+    assert job.process.wait(START_SECONDS) == 0, job.err
+    frames = job.err.partition(STACK.format(rank=1))[2].partition("recent call first):\n")[2].splitlines()
+    places = [("inner.py", 2), ("outer.py", 1), ("train.py", line_of(job, "import outer"))]
+    for frame, (file, line) in zip(frames, places, strict=False):
+        assert frame.endswith(f'{file}", line {line} in <module>'), job.err
+
+
 @pytest.mark.slow
 def test_lock_of_the_users(run):
     """A rank waits for the user's lock, which another rank holds while it waits for the first."""

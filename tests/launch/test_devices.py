@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from distributed_trainer import LaunchError
-from distributed_trainer.launch.devices import fit_threads, pick_device, resolve_num_gpus, visible_devices
+from distributed_trainer.launch.devices import (
+    find_other_ranks,
+    fit_threads,
+    num_usable_cores,
+    pick_device,
+    resolve_num_gpus,
+    visible_devices,
+)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +184,47 @@ def test_binding_that_leaves_cores_idle():
     assert "2 rank(s)" in warning and "2 of its 8 cores;" in warning and "--bind-to none" in warning
     warning = fit([{0}, {0}], {"OMP_NUM_THREADS": "1"}, cpus_of_launcher=cores)[0].warning
     assert "1 of its 8 cores (several to one core)" in warning
+
+
+@pytest.mark.parametrize(
+    ("cpus_of_ranks", "cpus_of_launcher", "limits", "number"),
+    [
+        ([{0, 1}] * 4, set(), [None] * 4, 2),
+        ([{0}, {0}, {0}], {0, 1, 2, 3}, [None] * 3, 4),  # bound to one core by the launcher, which can use four
+        ([{0}, {1}], set(), [None] * 2, 2),
+        ([set(range(8))] * 3, set(), [(7, 1.5)] * 3, 2),  # in a container with the time of one CPU and a half
+        ([set(range(8))] * 3, set(), [(7, 1.0), (8, 1.0), (9, 1.0)], 3),  # in a container each
+        ([set(range(8))] * 2, set(), [(7, 1.0), None], 8),
+    ],
+)
+def test_usable_cores(cpus_of_ranks, cpus_of_launcher, limits, number):
+    assert num_usable_cores(cpus_of_ranks, cpus_of_launcher, limits, lambda cpu: cpu) == number
+
+
+RANK = """
+import ctypes, sys, threading, time
+name = sys.argv[1].encode()
+threading.Thread(target=lambda: (ctypes.CDLL(None).prctl(15, name), time.sleep(60)), daemon=True).start()
+time.sleep(0.2)
+print("ready", flush=True)
+while sys.argv[2] == "busy" or time.sleep(60):
+    pass
+"""
+
+
+@pytest.mark.parametrize(("thread", "load"), [("dtrain-stalls", "busy"), ("dtrain-stalls", "idle"), ("other", "busy")])
+def test_ranks_of_another_job(thread, load):
+    """Processes with the thread that ranks have, which compute on the same cores, are found."""
+    cpus = os.sched_getaffinity(0)
+    with subprocess.Popen([sys.executable, "-S", "-c", RANK, thread, load], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"ready\n"
+            looks = [other.pid in find_other_ranks(set(), cpus) for _ in range(3)]  # others may leave it no time
+            assert any(looks) == ((thread, load) == ("dtrain-stalls", "busy"))
+            assert other.pid not in find_other_ranks({other.pid}, cpus)
+            assert other.pid not in find_other_ranks(set(), {max(cpus) + 1})
+        finally:
+            other.kill()
 
 
 @pytest.mark.parametrize(("limit", "number"), [(1.0, 1), (1.2, 2), (9.0, 4)])

@@ -145,8 +145,8 @@ def stack_of(pid):
 
 
 def lines_of(text):
-    """Return the lines that are not blank."""
-    return [line for line in text.splitlines() if line.strip()]
+    """Return the lines that are not blank, without the line about more ranks than cores, which 3 ranks may print."""
+    return [line for line in text.splitlines() if line.strip() and " ranks share the " not in line]
 
 
 SINGLETONS = "fault()\ntrainer = create_distributed_trainer(model)\nprint('trains', flush=True)\n"

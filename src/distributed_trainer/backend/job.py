@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -30,6 +31,7 @@ from ..launch import (
     mpi_environment,
     mpi_library,
     mpirun,
+    separate_models,
     stall_limits,
 )
 from ..launch.failure import install_excepthook, raise_once
@@ -38,7 +40,7 @@ from ..launch.mpi_library import MPILibrary
 from ..launch.relaunch import check_world_size, restart_under_mpirun
 from . import version_check
 from .accelerator_group import ProcessGroupShmpiWithAccelerator
-from .placement import place, summarize
+from .placement import place, summarize, warn_of_num_gpus
 from .process_group import ProcessGroupShmpi
 from .store import MPIStore
 
@@ -142,7 +144,7 @@ _jobs: list[Job] = []  # the first one initialized MPI, unless the script did
 _job_of_world: Job | None = None
 
 
-def start(num_gpus: int | None, comm: Any) -> Job:
+def start(num_gpus: int | None, comm: Any, trains: bool = False) -> Job:
     """Make this process a rank: start MPI, the engine and the exit handling, or return the job started before.
 
     Collective over the ranks of `comm`, blocks. May not return: without a launcher and with `num_gpus` above 1 the
@@ -151,6 +153,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     Args:
         num_gpus: Devices per machine, None for as many as the launcher started ranks.
         comm: An mpi4py communicator, or None for all ranks of the launch.
+        trains: Whether the script is about to make an optimizer.
 
     Raises:
         ValueError: A limit on waits in the environment is no number of seconds above 0.
@@ -159,6 +162,7 @@ def start(num_gpus: int | None, comm: Any) -> Job:
         MismatchError: Machines run different versions. The same on every rank.
     """
     global _job_of_world
+    separate_models.note_connection()
     if in_data_worker():
         raise LaunchError(
             "create_distributed_trainer was called in a DataLoader worker or another forked child of a rank, which "
@@ -167,9 +171,15 @@ def start(num_gpus: int | None, comm: Any) -> Job:
     limits = stall_limits.read_stall_limits(os.environ)
     devices.resolve_num_gpus(num_gpus, None, 0)  # refuses a wrong num_gpus, in a later call too
     if comm is None and _job_of_world is not None:
+        if _job_of_world.rank == 0:
+            warn_of_num_gpus(num_gpus, _job_of_world.node_of_rank, find_launcher(os.environ) is not None)
         return _job_of_world
     launcher = find_launcher(os.environ)
     module, mpi = _load_engine(num_gpus, comm, launcher)
+    if trains:
+        # The first optimizer imports it, which takes a second or more. Here no rank waits for another under the stall
+        # monitor yet, which would report the import.
+        importlib.import_module("torch._dynamo")
     has_initialized, world_rank, world_size = _initialize(module, mpi, comm, launcher)
     limit = host_facts.cpu_limit()
     obstacle = _obstacle_to_elastic(module, comm)

@@ -13,7 +13,8 @@ for each the internal that is used, why, and what happens if torch changes it. A
    its frame, since torch does not tell a backend which others were requested. Without it a mix such as
    "cpu:shmpi,cuda:nccl" is not refused, and shmpi silently serves all devices.
 3. `torch._C._dynamo.eval_frame` (`set_code_exec_strategy`, `_FrameExecStrategy`, `_FrameAction`) keeps torch.compile
-   away from the process group's methods. Without it importing this package fails.
+   away from the process group's methods and, with the attribute `_torchdynamo_disable` of functions, from the trainer's
+   public methods. Without it importing this package fails.
 4. A process group that is written in Python needs the private methods that torch calls on C++ ones: those with an
    underscore in process_group.py, such as `_device_types` and `_get_backend`. gather.py calls them on other groups.
    Without them functions of torch.distributed fail, and tests of each function show it.
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -35,7 +36,9 @@ from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from ..errors import LaunchError
+from ..launch.call_sites import records_block, records_call
 from ..launch.launcher import find_launcher
+from ..launch.separate_models import report_at_exit
 from . import job as jobs
 from .accelerator_group import ProcessGroupShmpiWithAccelerator
 from .engine_group import EngineGroup
@@ -46,13 +49,19 @@ from .work import Work
 def register() -> None:
     """Make `shmpi` a backend, and `mpi://` an init_method, of torch.distributed. Local; starts nothing.
 
+    A rank that ends without either, and without a trainer, reports that it has trained alone.
+
     `mpi://` also replaces the default `env://` in a process that an MPI launcher has started without setting RANK:
     torch's own `env://` could only fail there.
     """
     dist.Backend.register_backend("shmpi", _create_backend, extended_api=True, devices=["cpu", "cuda"])
     register_rendezvous_handler("mpi", _rendezvous)  # type: ignore[no-untyped-call]  # torch gives it no types
     _serve_env_by_mpi()
-    _hide_from_dynamo(EngineGroup, ProcessGroupShmpi, ProcessGroupShmpiWithAccelerator, Work)
+    report_at_exit()
+    classes = EngineGroup, ProcessGroupShmpi, ProcessGroupShmpiWithAccelerator, Work
+    methods = [function for one in classes for function in vars(one).values()]
+    # All functions that one decorator has made have the same code.
+    _hide_from_dynamo([*methods, records_call(_nothing), records_block(_nothing)])
 
 
 def _serve_env_by_mpi() -> None:
@@ -68,14 +77,19 @@ def _serve_env_by_mpi() -> None:
     handlers["env"] = env_or_mpi
 
 
-def _hide_from_dynamo(*classes: type) -> None:
-    """Make torch.compile skip the functions of classes, and all functions that these call.
+def _nothing() -> None:
+    pass
 
-    While a compiled model runs, DistributedDataParallel's C++ calls these functions. torch.compile would try to compile
-    them, and fail. `torch.compiler.disable` has the same effect, but imports the compiler, which takes a second.
+
+def _hide_from_dynamo(functions: Iterable[Any]) -> None:
+    """Make torch.compile skip functions, and all functions that these call.
+
+    While a compiled model runs, DistributedDataParallel's C++ calls a process group's methods; a function of the script
+    that is compiled may call the trainer. torch.compile would try to compile them, and fail. `torch.compiler.disable`
+    has the same effect, but imports the compiler, which takes a second.
     """
     strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
-    for function in (value for one in classes for value in vars(one).values()):
+    for function in functions:
         if (code := getattr(function, "__code__", None)) is not None:
             eval_frame.set_code_exec_strategy(code, strategy)
 

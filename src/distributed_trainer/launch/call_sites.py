@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..errors import CheckpointError, DistributedTrainerError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_STDERR = 2
+_DISAGREE = "ranks disagree on collective"  # beginning of the engine's error for ranks in different collectives
 
 _engines: list[Engine] = []
 os.register_at_fork(after_in_child=_engines.clear)  # a forked child does not have the engines' memory
@@ -34,9 +34,9 @@ def add_engine(engine: Engine) -> None:
     _report_current(engine)
     number = signal.SIGRTMIN + 9  # a signal that programs rarely use
     if signal.getsignal(number) is signal.SIG_DFL:
-        with contextlib.suppress(RuntimeError, ValueError):  # the process has no stderr
-            faulthandler.register(number, file=_STDERR, all_threads=False)
-            engine.set_stack_signal(number)
+        stack, target = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)  # the engine prints what it reads from it
+        faulthandler.register(number, file=target, all_threads=False)
+        engine.set_stack_signal(number, stack)
 
 
 def replace_engine(old: Engine, new: Engine) -> None:
@@ -63,7 +63,7 @@ def records_call(function: _Function) -> _Function:
         finally:
             _leave()
 
-    return call  # type: ignore[return-value]  # has the signature of `function`
+    return cast(_Function, _hidden(call))
 
 
 def records_block(function: _Function) -> _Function:
@@ -73,7 +73,13 @@ def records_block(function: _Function) -> _Function:
     def call(*args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         return _record_block(_place_in_script(), function, args, kwargs)
 
-    return call  # type: ignore[return-value]  # has the signature of `function`
+    return cast(_Function, _hidden(call))
+
+
+def _hidden(call: Any) -> Any:
+    """Mark a function for torch.compile, which then calls it as it is (backend/register.py does the rest)."""
+    call._torchdynamo_disable = True
+    return call
 
 
 @contextlib.contextmanager
@@ -128,8 +134,14 @@ def _leave() -> None:
 def _add_places(error: DistributedTrainerError) -> None:
     """Add to an error about several ranks where each of them was."""
     is_of_ranks = not isinstance(error, CheckpointError)  # a CheckpointError is about files
-    if is_of_ranks and len(error.args) == 1 and _engines and _engines[0].size > 1:
-        error.args = (f"{str(error.args[0]).rstrip('.')}. The ranks' last calls: {_engines[0].describe_places()}.",)
+    if not is_of_ranks or len(error.args) != 1 or not _engines or _engines[0].size == 1:
+        return
+    text, places = str(error.args[0]).rstrip("."), _engines[0].describe_places()
+    if text.startswith(_DISAGREE):  # the engine's words help only those who know it
+        text = f"every rank must make the same calls in the same order, but these differ: {places}. ({text}.)"
+    else:
+        text = f"{text}. The ranks' last calls: {places}."
+    error.args = (text,)
 
 
 def is_rank_lost() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -19,15 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LaunchError
-from .host_facts import core_of
+from .host_facts import core_of, cpu_limit
 
 if TYPE_CHECKING:
     import torch
 
+# The stall monitor's thread, which every rank has (engine/runtime/stall_monitor.cpp).
+_THREAD_OF_RANKS = "dtrain-stalls\n"
+_OBSERVED_SECONDS = 0.2
+
 _HIDE_GPUS = "or hide the GPUs (CUDA_VISIBLE_DEVICES='') to train on the CPU"
 
 
-def resolve_num_gpus(num_gpus: int | None, local_size: int | None, device_count: int) -> tuple[int, str | None]:
+def resolve_num_gpus(
+    num_gpus: int | None, local_size: int | None, device_count: int, is_launched: bool = True
+) -> tuple[int, str | None]:
     """Decide how many ranks this machine has. Local.
 
     A launcher has already decided it. Without a launcher the number is `num_gpus`, or 1.
@@ -36,6 +43,7 @@ def resolve_num_gpus(num_gpus: int | None, local_size: int | None, device_count:
         num_gpus: Devices per machine that the script requests, None for as many as the launcher started ranks.
         local_size: Number of ranks that a launcher has started on this machine, None without a launcher.
         device_count: Number of GPUs that the ranks of this machine see; with 0 any number of ranks trains on the CPU.
+        is_launched: Whether a launcher has started the ranks, for the line.
 
     Returns:
         The number of ranks, and a line for rank 0 to print if `num_gpus` has no effect, else None.
@@ -65,9 +73,8 @@ def resolve_num_gpus(num_gpus: int | None, local_size: int | None, device_count:
         return num_gpus or 1, None
     if num_gpus in (None, local_size):
         return local_size, None
-    return local_size, (
-        f"num_gpus={num_gpus} has no effect: the launcher started {local_size} rank(s) on {host}, which train"
-    )
+    cause = "the launcher started" if is_launched else "MPI runs already, with"
+    return local_size, f"num_gpus={num_gpus} has no effect: {cause} {local_size} rank(s) on {host}, which train."
 
 
 def visible_devices() -> list[str]:
@@ -193,6 +200,63 @@ def fit_threads(
     number = int(share) - 1 if share >= 4 else max(int(share), 1)
     text = f"{number} thread{'s' if number > 1 else ''} per rank ({len(cores_of_ranks)} on {num_cores} cores{limited})"
     return Threads(number, text, warning)
+
+
+def num_usable_cores(
+    cpus_of_ranks: Sequence[AbstractSet[int]],
+    cpus_of_launcher: AbstractSet[int] = frozenset(),
+    limits: Sequence[tuple[int, float] | None] = (),
+    core_of: Callable[[int], int] = core_of,
+) -> int:
+    """Count the cores of a machine for which its ranks have time together, if the launcher binds them well. Local.
+
+    The arguments are those of `fit_threads`.
+    """
+    num_cores = len({core_of(cpu) for cpu in set(cpus_of_launcher).union(*cpus_of_ranks)})
+    if not limits or None in limits:
+        return num_cores
+    return min(num_cores, math.ceil(sum(limit[1] for limit in set(limits) if limit)))
+
+
+def find_other_ranks(own_pids: AbstractSet[int], cpus: AbstractSet[int]) -> list[int]:
+    """Find this user's ranks of other jobs that compute on the same cores, by their process numbers. Local.
+
+    It takes 0.2 s if there are such ranks, since those that only wait, as an idle notebook does, must be left out.
+
+    Args:
+        own_pids: Process numbers of this job's ranks.
+        cpus: CPUs that this job's ranks may use on this machine.
+    """
+    cores = {core_of(cpu) for cpu in cpus}
+    others = [path for path in Path("/proc").glob("[0-9]*") if _is_other_rank(path, own_pids, cores)]
+    before = [_cpu_seconds(path) for path in others]
+    time.sleep(_OBSERVED_SECONDS if others else 0)
+    used = [_cpu_seconds(path) - seconds for path, seconds in zip(others, before, strict=True)]
+    # A waiting rank uses a hundredth of a core. On a crowded machine a computing one may get a tenth.
+    return [int(path.name) for path, seconds in zip(others, used, strict=True) if seconds > _OBSERVED_SECONDS / 15]
+
+
+def _is_other_rank(process: Path, own_pids: AbstractSet[int], cores: AbstractSet[int]) -> bool:
+    try:
+        if process.stat().st_uid != os.geteuid():
+            return False
+        if not any(name.read_text() == _THREAD_OF_RANKS for name in process.glob("task/*/comm")):
+            return False
+        # The number that the process itself sees, in its container, as the own ones were found.
+        pid = int((process / "status").read_text().partition("\nNSpid:")[2].partition("\n")[0].split()[-1])
+        cpus = os.sched_getaffinity(int(process.name))
+    except OSError:
+        return False  # the process has ended
+    shares_time = cpu_limit(f"{process}/cgroup") == cpu_limit()
+    return pid not in own_pids and shares_time and not cores.isdisjoint(map(core_of, cpus))
+
+
+def _cpu_seconds(process: Path) -> float:
+    try:
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0  # the process has ended
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # Constants from glibc's malloc.h.

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn
 
-from ..errors import DistributedTrainerError, RankLostError
+from ..errors import DistributedTrainerError, RankLostError, RankTraceback
 from . import call_sites, job_record
 from .launcher import Launcher
 
@@ -68,7 +68,9 @@ def install_excepthook(abort: Callable[[int], object], rank: int, world_size: in
             sys.stderr = sys.__stderr__
         try:
             # A mistake in the script raises on all ranks at once: the lowest rank prints it, and so ends the others.
-            time.sleep(min(0.5 * rank, _HOLD_BACK_SECONDS))
+            # An exception that came from another rank is printed by that rank.
+            is_copy = isinstance(error.__cause__, RankTraceback)
+            time.sleep(min(0.5 * rank, _HOLD_BACK_SECONDS) + is_copy * _HOLD_BACK_SECONDS)
             if exit_code == 130:
                 print(f"{place} was interrupted", file=sys.stderr)
             else:

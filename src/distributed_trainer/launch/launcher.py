@@ -119,6 +119,17 @@ def find_launcher_process(launcher: Launcher | None) -> int | None:
     return None
 
 
+def is_started_by_launcher() -> bool:
+    """Return whether a launcher has started this process, and not a Python program between the two. Local.
+
+    A process that a rank starts inherits the rank's variables. A shell or another wrapper in between does not matter.
+    """
+    for _, name in _parents():
+        if name.startswith((*_LAUNCHER_PROCESSES, "python")):
+            return not name.startswith("python")
+    return False
+
+
 def cpus_of_launcher(launcher: Launcher | None) -> set[int]:
     """Return the CPUs that mpirun itself may use on this machine, and its ranks without binding; empty if unknown.
 

@@ -112,6 +112,12 @@ def _command_to_type(num_ranks: int | str, mpi: MPILibrary) -> str:
     return f"{shlex.quote(name)} -np {num_ranks} python train.py"
 
 
+def command_line(num_ranks: int) -> str:
+    """Return the command that starts this script as that number of ranks on this machine. Local."""
+    words = ["python", "train.py"] if _obstacle_to_restart() else sys.orig_argv
+    return shlex.join(["mpirun", "-np", str(num_ranks), *words])
+
+
 def redirection(log_dir: str | None, name: str) -> list[str]:
     """Return the words to put before a command so that its output goes to a file `log_dir`/`name`.log. Local.
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -17,7 +19,10 @@ from ..backend.gather import gather_json
 from ..backend.process_group import ProcessGroupShmpi
 from ..errors import MismatchError
 from ..gradients.sharded_optimizer import check_model
+from ..launch import devices
 from ..launch.call_sites import records_call
+from ..launch.launcher import find_launcher
+from ..launch.separate_models import note_connection
 from ..options import PowerSGD, TrainerOptions
 from ..replica.shared_buffers import check_rules
 from .membership import Groups, Membership
@@ -25,6 +30,8 @@ from .trainer import DistributedTrainer
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+logger = logging.getLogger("distributed_trainer")
 
 _NUM_NAMED_RANKS = 8
 
@@ -68,7 +75,9 @@ def create_distributed_trainer(
 
     Args:
         model: Model to train, in place. Its parameters may be float32, float64, bfloat16 or float16, frozen, shared or
-            unused. TypeError if it is not a torch.nn.Module; ValueError if a lazy parameter has no shape yet.
+            unused. TypeError if it is not a torch.nn.Module, or is or contains a wrapper that exchanges gradients or
+            weights itself (DataParallel, DistributedDataParallel, FSDP); ValueError if a lazy parameter has no shape
+            yet.
         num_gpus: Number of ranks on each machine, at least 1: each has its own GPU, or is a CPU process where there is
             no GPU. Under a launcher the number of ranks that it started on this machine counts, and another number has
             no effect. The default, None, means as many as the launcher started, or 1 without a launcher. TypeError if
@@ -163,11 +172,20 @@ def create_distributed_trainer(
         _check_group(group)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            if kind.__module__.startswith("torch.") and kind.__name__ in _WRAPPERS:
+                raise TypeError(
+                    f"{name or 'the model'} is wrapped by {kind.__name__}, which exchanges or divides the same tensors "
+                    f"as the trainer does. Pass the model without it."
+                )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
             raise ValueError(f"{name} has no shape yet: call the model once before create_distributed_trainer.")
     check_rules(model, options)
     if isinstance(group, dist.ProcessGroup):
+        note_connection()
+        _warn_of_num_gpus(num_gpus, group)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         if options.shards_optimizer:
             check_model(model, group, device)
@@ -183,9 +201,11 @@ def create_distributed_trainer(
             gradient_group = jobs.start(None, None).create_group(ranks, options.wire_dtype)
         steps, end = (dist.new_group(ranks, use_local_synchronization=True) for _ in range(2))
         return DistributedTrainer(model, options, device, Groups(gradient_group, steps, end), None)
-    job = jobs.start(num_gpus, group)
+    job = jobs.start(num_gpus, group, trains=True)
     if job.rank == 0 and not job.is_replacement:
         mode = "every rank reads the whole batch" if split_batches else "every rank reads its own part"
+        if split_batches and job.engine.size > 1:
+            mode = f"each rank trains on its part of a batch, and {mode}"
         print(f"distributed_trainer: {job.summary}; {mode}", flush=True)
     membership = Membership(job, options.wire_dtype)
     groups = membership.create_groups()
@@ -196,6 +216,10 @@ def create_distributed_trainer(
     return DistributedTrainer(model, options, job.device, groups, membership)
 
 
+# By name: to import FSDP's classes takes a second.
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
+
 def _check_group(group: Any) -> None:
     """Raise TypeError if a group is neither a communicator of mpi4py nor a process group of torch. Local."""
     mpi = sys.modules.get("mpi4py.MPI")  # imported already if the caller has a communicator
@@ -204,6 +228,14 @@ def _check_group(group: Any) -> None:
             f"group must be an mpi4py communicator (mpi4py.MPI.Comm) or a group of torch.distributed "
             f"(torch.distributed.ProcessGroup), not {type(group).__name__}"
         )
+
+
+def _warn_of_num_gpus(num_gpus: int | None, group: dist.ProcessGroup) -> None:
+    """Log a line on the group's first rank if `num_gpus` is not its number of ranks, on a machine or in all. Local."""
+    devices.resolve_num_gpus(num_gpus, None, 0)  # refuses a wrong one
+    launcher = find_launcher(os.environ)
+    if num_gpus not in (None, group.size(), launcher and launcher.local_size) and group.rank() == 0:
+        logger.warning("num_gpus=%d has no effect: the group's %d rank(s) train.", num_gpus, group.size())
 
 
 def _check_alike(options: TrainerOptions, group: Any) -> None:
