@@ -38,6 +38,7 @@ MEMBERS = [
         "close",
         "epochs",
         "evaluate",
+        "export",
         "forward",
         "gradient_norm",
         "is_main",

@@ -32,5 +32,9 @@ class RankLostError(DistributedTrainerError):
     """Raised if a rank was killed, and training cannot continue without it. The same on every rank."""
 
 
+class RankTraceback(Exception):
+    """Cause of an exception that came from another rank: the number of that rank, and its traceback as text."""
+
+
 class CheckpointError(DistributedTrainerError):
     """Raised if a checkpoint cannot be written, or cannot be read later. The same on every rank."""

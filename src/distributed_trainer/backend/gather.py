@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -19,10 +20,14 @@ from ..errors import (
     MismatchError,
     MPINotFoundError,
     RankLostError,
+    RankTraceback,
 )
 from .engine_group import EngineGroup
 
 _Result = TypeVar("_Result")
+
+# Bytes of the first message of `gather_objects` and `gather_json`: the engine finds ranks that are in different ones.
+_PICKLED, _JSON = 8, 9
 
 # Types that an error of one rank can have on the other ranks. If several in `keep` fit, the first is taken.
 _ERROR_TYPES = {
@@ -55,16 +60,17 @@ def gather_bytes(process_group: dist.ProcessGroup, message: bytes) -> list[bytes
 
 def gather_objects(process_group: dist.ProcessGroup, value: Any) -> list[Any]:
     """Gather a picklable object from each rank of any process group, by rank. Collective, blocks."""
-    return [pickle.loads(row) for row in _gather_unequal(process_group, pickle.dumps(value))]
+    return [pickle.loads(row) for row in _gather_unequal(process_group, pickle.dumps(value), _PICKLED)]
 
 
 def gather_json(process_group: dist.ProcessGroup, value: Any) -> list[Any]:
     """Gather a value that JSON can represent from each rank of any process group, by rank. Collective, blocks."""
-    return [json.loads(row) for row in _gather_unequal(process_group, json.dumps(value).encode())]
+    return [json.loads(row) for row in _gather_unequal(process_group, json.dumps(value).encode(), _JSON)]
 
 
-def _gather_unequal(process_group: dist.ProcessGroup, data: bytes) -> list[bytes]:
-    lengths = [int.from_bytes(row, "little") for row in gather_bytes(process_group, len(data).to_bytes(8, "little"))]
+def _gather_unequal(process_group: dist.ProcessGroup, data: bytes, header_bytes: int) -> list[bytes]:
+    header = len(data).to_bytes(header_bytes, "little")
+    lengths = [int.from_bytes(row, "little") for row in gather_bytes(process_group, header)]
     rows = gather_bytes(process_group, data.ljust(max(lengths), b"\0"))
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
@@ -133,6 +139,34 @@ def raise_together(
     for rank, description in enumerate(gather_json(process_group, own)):
         if description is not None:
             _raise(description, error if rank == process_group.rank() else None)
+
+
+def raise_alike(process_group: dist.ProcessGroup, error: Exception | None) -> None:
+    """Raise the exception of the lowest rank that has one, in its own type, on every rank; return if no rank has one.
+
+    Collective, blocks. On other ranks than its own the exception has that rank's traceback as cause. An exception that
+    cannot be pickled becomes a DistributedTrainerError there.
+
+    Args:
+        process_group: Any process group of torch.
+        error: This rank's exception, None if it has none.
+    """
+    own = None if error is None else (_pickled(error), "".join(traceback.format_exception(error)))
+    for rank, row in enumerate(gather_objects(process_group, own)):
+        if row is not None:
+            if rank == process_group.rank() and error is not None:
+                raise error
+            raise pickle.loads(row[0]) from RankTraceback(f"raised on rank {rank}:\n{row[1]}")
+
+
+def _pickled(error: Exception) -> bytes:
+    """Return bytes from which every rank can make the exception, or one that says the same. Local."""
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+        return data
+    except Exception:  # an exception's own code can raise anything
+        return pickle.dumps(DistributedTrainerError(f"{type(error).__name__}: {error}"))
 
 
 def _describe(error: Exception, otherwise: type[Exception], keep: tuple[type[Exception], ...]) -> list[Any]:

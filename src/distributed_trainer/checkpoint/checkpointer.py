@@ -401,7 +401,7 @@ class _AtExit:
                     checkpointer.abandon()
                 if one.meets:
                     with contextlib.suppress(SystemExit):
-                        checkpointer.finalize(recovery)
+                        _finalize_at_exit(checkpointer, recovery)
                     continue
                 checkpointer.wait_for_write()
                 if checkpointer.flags & StepFlags.ASKS_FOR_SAVE:
@@ -413,6 +413,14 @@ class _AtExit:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
+
+
+def _finalize_at_exit(checkpointer: Checkpointer, recovery: Retrying) -> None:
+    """Call `finalize`, and compare the weights of ranks that have all trained by themselves. Collective, blocks."""
+    replica = recovery.session.replica
+    compares = replica is not None and replica.has_unsummed_step
+    if checkpointer.finalize(recovery, compares * StepFlags.ENDS_TRAINING) & StepFlags.ENDS_TRAINING:
+        recovery.retry(lambda session: session.replica.divergence.check_at_end(session.groups.end))
 
 
 _at_exit = _AtExit()

@@ -68,6 +68,8 @@ def resume(folder: Path, objects: Mapping[str, Any], state: TrainingState, group
         return _load(checkpoint, objects, state, group)
     if reasons:
         raise CheckpointError(f"none of the {len(reasons)} checkpoints in {folder} is whole: {reasons[0]}")
+    if group.rank() == 0:
+        print(f"distributed_trainer: no checkpoint in {folder} yet, so training starts at its beginning", flush=True)
     return None
 
 

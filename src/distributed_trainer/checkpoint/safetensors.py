@@ -138,16 +138,27 @@ def copy_to_files(pieces: Iterable[Piece], prefix: str) -> dict[str, Tensor]:
         if file is None:
             files.append(file := {})
         file[piece.name] = piece
-    return {f"{prefix}-{number}{SUFFIX}": _contents(file) for number, file in enumerate(files, 1)}
+    return {f"{prefix}-{number}{SUFFIX}": _with_offsets(file.values()) for number, file in enumerate(files, 1)}
 
 
-def _contents(file: dict[str, Piece]) -> Tensor:
-    # The largest elements first: then all are aligned without gaps. (The form does not allow gaps.)
-    pieces = sorted(file.values(), key=lambda piece: -piece.tensor.element_size())
+def _with_offsets(pieces: Iterable[Piece]) -> Tensor:
     offsets = {piece.name: {"saved_offsets": piece.offsets} for piece in pieces}
-    header: dict[str, Any] = {
-        "__metadata__": {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-    }
+    return contents_of(pieces, DCP_SHARDING_INFO=json.dumps(offsets), DCP_VERSION="1.0")
+
+
+def contents_of(pieces: Iterable[Piece], **metadata: str) -> Tensor:
+    """Copy pieces of different tensors into memory in the form of one file. Local.
+
+    Args:
+        pieces: The pieces.
+        metadata: Texts for the header, by name.
+
+    Returns:
+        The bytes of the file, 1-dimensional, uint8.
+    """
+    # The largest elements first: then all are aligned without gaps. (The form does not allow gaps.)
+    pieces = sorted(pieces, key=lambda piece: -piece.tensor.element_size())
+    header: dict[str, Any] = {"__metadata__": {**metadata, "format": "pt"}}
     end = 0
     for piece in pieces:
         begin, end = end, end + piece.tensor.numel() * piece.tensor.element_size()

@@ -115,10 +115,10 @@ class StepHandshake:
             )
         return batch, flags
 
-    def part_of(self, inputs: Any, targets: Any) -> tuple[Any, Any, int]:
+    def part_of(self, inputs: Any, targets: Any, refusal: Exception | None = None) -> tuple[Any, Any, int]:
         """Return this rank's part of a batch that every rank has, and its number of samples. Collective, blocks.
 
-        Without samples the part is the batch.
+        Without samples the part is the batch. With a `refusal` every rank raises it.
 
         Raises:
             TypeError, ValueError: The batch cannot be counted or cut. The same on every rank.
@@ -134,8 +134,8 @@ class StepHandshake:
             own_inputs, own_targets = self.rule.part(roots, num_samples, start, stop)
             return own_inputs, own_targets, stop - start
 
-        part, error = _attempt(cut)
-        self._compare(roots, 0, error)
+        part, error = _attempt(cut, refusal)
+        self._compare(roots, 0, error, is_step=False)
         return part
 
     def _of_whole(
@@ -252,20 +252,22 @@ class StepHandshake:
             if difference is not None:
                 raise MismatchError(difference)
 
-    def _compare(self, roots: dict[str, Any], flags: int, error: Exception | None) -> int:
+    def _compare(self, roots: dict[str, Any], flags: int, error: Exception | None, is_step: bool = True) -> int:
         """Compare the ranks' batches; return the union of all ranks' flags. Collective, blocks.
 
         Args:
             roots: This rank's batch.
             flags: This rank's `StepFlags`.
             error: Why this rank cannot use its batch, or None.
+            is_step: Whether this is a step's batch. If not, the message has another length, so that a rank in
+                `evaluate` does not continue with one in `train_step`.
         """
         if self._size == 1:
             self._raise_together(error)
             return flags
         # Reading tensors on a device waits for it, but the last step has already waited for its loss.
         own = bytes(FINGERPRINT_BYTES) if error is not None else fingerprint(roots, read_devices=True)
-        rows = gather_bytes(self._group, own + bytes([_flags(flags, error)]))
+        rows = gather_bytes(self._group, own + bytes(not is_step) + bytes([_flags(flags, error)]))
         flags = self._union(rows, error)
         difference = compare_fingerprints([row[:FINGERPRINT_BYTES] for row in rows], roots, read_devices=True)
         if difference is not None:

@@ -299,6 +299,11 @@ def _with_options(criterion: Any, **options: Any) -> Callable[..., Any]:
 
 def _class_weight(criterion: Any, targets: Tensor) -> float:
     if targets.is_floating_point():  # class probabilities: a mean over positions, independent of class weights
+        if targets.dim() < 2:
+            raise ValueError(
+                f"{criterion_name(criterion)} got targets of {targets.dtype} and shape {list(targets.shape)}. Class "
+                f"numbers are integers: pass targets.long(). (Class probabilities would have the outputs' shape.)"
+            )
         return targets.numel() / targets.size(1)
     ignored = _option(criterion, "ignore_index")
     ignored = -100 if ignored is None else ignored

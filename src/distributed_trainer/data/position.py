@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -54,6 +55,21 @@ class DataPosition:
         loaders = [loader for ref in self._loaders if (loader := ref()) is not None and loader.given is not None]
         own = _ids_of_leaves((inputs, targets)) if loaders else set()
         return any(own & _nodes(loader.given).keys() for loader in loaders)
+
+    def with_sources(self, batches: Iterable[Any]) -> Iterator[tuple[Any, ShardedDataLoader | None]]:
+        """Yield each batch with the loader of this trainer that was read to make it, or None if none was."""
+
+        def given() -> list[tuple[ShardedDataLoader, Any]]:
+            return [(loader, loader.given) for ref in self._loaders if (loader := ref()) is not None]
+
+        before = given()
+        for batch in batches:
+            pairs = itertools.zip_longest(given(), before, fillvalue=(None, None))
+            yield (
+                batch,
+                next((loader for (loader, now), (_, last) in pairs if now is not None and now is not last), None),
+            )
+            before = given()
 
     @property
     def is_restored_next(self) -> bool:

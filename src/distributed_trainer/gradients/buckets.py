@@ -111,9 +111,14 @@ class ReplaceableMemory:
 
 def is_finite(tensor: Tensor) -> bool:
     """Return whether no element is infinite or NaN. Local."""
-    values = tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach()
+    values = _real(tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach())
     # Minimum and maximum are NaN if any element is NaN; torch.isfinite takes 20 times as long on a CPU.
     return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return a view of a complex tensor's real and imaginary parts; any other tensor as it is. Local."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class Bucket:
@@ -180,7 +185,7 @@ class Bucket:
     def start(self) -> None:
         """Start to sum what the views hold now. Collective; returns at once."""
         if self._is_checked_by_group:
-            self._work = self._group.sum_and_check(self._buffer)
+            self._work = self._group.sum_and_check(_real(self._buffer))
         else:
             self._work = self._group.allreduce([self._buffer])
 

@@ -123,11 +123,13 @@ class DeterministicReducer:
 
     Attributes:
         found_nonfinite: Whether a gradient of the last step is infinite or NaN. The same on every rank.
+        has_unsummed: False: backwards other than the reducer's are not noticed.
         recorder: Recorder of a profile in progress. It gets no calls, since there are no buckets.
         functions: Functions that may replace sums.
     """
 
     recorder: Any = None
+    has_unsummed = False
 
     def __init__(
         self, parameters: Iterable[tuple[str, nn.Parameter]], process_group: Any, num_shards: int, check_finite: bool

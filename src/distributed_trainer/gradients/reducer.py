@@ -53,6 +53,7 @@ class Reducer(Protocol):
     """Reducer of a replica's gradients, as other rooms use it: a `GradientReducer` or a `DeterministicReducer`."""
 
     found_nonfinite: bool
+    has_unsummed: bool
     recorder: Recorder | None
     functions: GradientFunctions
 
@@ -104,6 +105,7 @@ class GradientReducer:
 
     Attributes:
         found_nonfinite: Whether a gradient of the last step is infinite or NaN. The same on every rank.
+        has_unsummed: Whether a backward that was not this reducer's has added to a gradient since the last step began.
         unused: Numbers of the parameters that no rank used in the last step.
         recorder: Recorder that gets the times of gradients and buckets; None for no recording.
         functions: Functions that may replace sums.
@@ -120,7 +122,7 @@ class GradientReducer:
         self._make_bucket = make_bucket or functools.partial(compression_bucket, compression=compression)
         self._group = process_group
         self._check_finite = nonfinite_gradients != "ignore"
-        self.found_nonfinite = False
+        self.found_nonfinite = self.has_unsummed = False
         self.unused: set[int] = set()
         self.recorder: Recorder | None = None
         self.functions = GradientFunctions()
@@ -178,6 +180,7 @@ class GradientReducer:
         Returns:
             Whether anything still refers to memory that the step would write: gradients, or views of them.
         """
+        self.has_unsummed = False
         if not keep:
             for state in self._states:
                 state.parameter.grad = None
@@ -359,8 +362,7 @@ class GradientReducer:
         if self._check_finite:
             self.found_nonfinite = has_nonfinite_part or any(bucket.found_nonfinite() for bucket in self._buckets)
             if self.found_nonfinite:
-                for bucket in self._buckets:
-                    bucket.reset_error_feedback()
+                self.reset_error_feedback()
         for bucket in self._buckets:
             for index, (owner, gradient) in zip(bucket.indices, bucket.results, strict=True):
                 state = self._states[index]
@@ -407,6 +409,11 @@ class GradientReducer:
         state.is_placed = True
         return state.view.detach()  # a new tensor without other references: autograd uses it as `.grad` without a copy
 
+    def reset_error_feedback(self) -> None:
+        """Drop what compression has kept of earlier gradients, since the last sums are not used. Local."""
+        for bucket in self._buckets:
+            bucket.reset_error_feedback()
+
     def forget_order(self) -> None:
         """Make the next step build new buckets, in the order in which its gradients arrive. Local; for every rank."""
         self._has_old_order = True
@@ -429,6 +436,7 @@ class GradientReducer:
 
     def _arrived(self, index: int) -> None:
         if not self._is_in_backward:
+            self.has_unsummed = True
             return
         state = self._states[index]
         if self._leave_out:

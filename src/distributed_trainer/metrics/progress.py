@@ -29,8 +29,12 @@ class ProgressReporter:
         self._num_samples = 0.0
 
     def add(self, writer: Any, every: int) -> None:
-        """Log every `every`-th step to `writer`. Call it on every rank; only rank 0 writes. Local."""
+        """Log every `every`-th step to `writer`, if this is rank 0. Local."""
         self._writers.append((writer, every))
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a step is to be logged, if this is rank 0. Local."""
+        return any(step % every == 0 for _, every in self._writers)
 
     def record_step(
         self,
@@ -41,8 +45,9 @@ class ProgressReporter:
         own: float,
         waited: float,
         figures: dict[str, Any],
+        is_logged: bool,
     ) -> None:
-        """Record a step. Collective if there are writers.
+        """Record a step. Collective if it is logged.
 
         Args:
             group: Process group of the ranks.
@@ -52,11 +57,11 @@ class ProgressReporter:
             own: Seconds of the step in which this rank did not wait.
             waited: Seconds in which this rank waited for other ranks and for the exchange.
             figures: Further figures to write; those that are None are left out.
+            is_logged: Whether rank 0 logs the step; the same on every rank.
         """
         self.loss = loss
         self._num_samples += num_samples * group.size()
-        due = [writer for writer, every in self._writers if step % every == 0]
-        if not due:
+        if not is_logged:
             return
         rows = [_STEP.unpack(row) for row in gather_bytes(group, _STEP.pack(own, waited, num_samples))]
         if group.rank() != 0:
@@ -69,8 +74,9 @@ class ProgressReporter:
             "share_waited": waited / total,
             "slowest_rank": float(max(range(len(rows)), key=lambda rank: rows[rank][0])),
         }
-        for writer in due:
-            write(writer, figures, step)
+        for writer, every in self._writers:
+            if step % every == 0:
+                write(writer, figures, step)
 
     def log(self, figures: dict[str, float], step: int) -> None:
         """Write the user's own figures to all writers. Local, for rank 0."""

@@ -117,7 +117,8 @@ class GlobalBatchNorm:
             is_dummy: This rank's input replaces an empty part: the rank takes part in every collective and counts
                 for nothing. The gradients that it computes are meaningless.
             completes: An exception ended the last block before this rank had made all of its collective calls.
-                Running the same modules again, on any input, makes only the calls that are missing.
+                Running the same modules again, on any input, makes only the calls that are missing, and changes running
+                statistics only there.
 
         Raises:
             ValueError: The global batch has one value per channel. Raised by the model, the same on all ranks.
@@ -143,8 +144,12 @@ class GlobalBatchNorm:
 
         def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self._mode.calls, self._mode.module = 0, self._numbers[module]
+            num_batches = module.num_batches_tracked if self._exchange.is_repeated else None
+            before = num_batches.clone() if isinstance(num_batches, Tensor) else None
             with self._mode:
                 output = own_forward(module, *args, **kwargs)
+            if before is not None:
+                module.num_batches_tracked = before
             if module.training and not self._mode.calls:
                 self.refusal = (
                     f"BatchNorm module {self._names[self._numbers[module]]!r} ({own.__qualname__}) does not call "
@@ -199,6 +204,11 @@ class _Exchange:
         self._num_skipped = self._num_made if completes else 0
         self._num_made = 0
 
+    @property
+    def is_repeated(self) -> bool:
+        """Whether this rank has made the next call already, so that it is skipped."""
+        return self._num_made < self._num_skipped
+
     def gather(self, call: int, *values: Tensor) -> tuple[Tensor, list[int]]:
         """Return the joined values of all ranks, a row for each rank, and their lengths in it. Collective.
 
@@ -215,7 +225,7 @@ class _Exchange:
         lengths.append((call - sum(lengths)) % self._modulus)
         local = torch.cat((*values, values[0].new_empty(lengths[-1])))
         size = self._group.size()
-        if self._num_made < self._num_skipped:
+        if self.is_repeated:
             gathered = local.repeat(size)  # the result is not used
         else:
             gathered = local.new_empty(size * len(local))
@@ -329,6 +339,8 @@ class _GlobalStatistics(TorchFunctionMode):
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         self.has_counted |= len(input) > 0 and not self.is_dummy
+        if self._exchange.is_repeated:
+            running_mean = running_var = None
         output: Tensor = _BatchNorm.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
             *(input, weight, bias, running_mean, running_var, momentum, eps),
             _Call(self._exchange, self.module, self.is_dummy),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..backend.gather import gather_objects, raise_together
+from ..backend.gather import gather_objects, raise_alike
 from ..data import rng
 from ..data.batch import tensors
 from ..data.handshake import StepFlags
@@ -50,6 +50,8 @@ class Progress:
     """Calls of `Replica.update`."""
     num_commits: int = 0
     """Calls of `Replica.finish` that have passed the commit point."""
+    has_unsummed_step: bool = False
+    """Whether an optimizer has made a step on gradients of `loss.backward()`, which the ranks have not added."""
     num_skipped_steps: int = 0
     """Steps that changed nothing, since a gradient was infinite or NaN."""
     gradient_norm: Tensor | None = None
@@ -85,6 +87,8 @@ class Replica:
         streams: Random streams from which the model draws.
         leaves: Check of what gets gradients besides the model.
         divergence: Check that the ranks' weights are the same.
+        failure: Exception of this rank's forward or backward in the present step, None if there was none. `finish`
+            raises it on every rank.
         buffers_synced: Whether the last `finish` that passed the commit point has returned, so that buffers are the
             same on all ranks.
     """
@@ -109,6 +113,7 @@ class Replica:
         self._is_one_of_many = self._group.size() > 1
         self._num_graphs = 0  # backwards of this step whose loss had a graph
         self._objection: str | None = None  # why this step must not change weights
+        self.failure: Exception | None = None
         self._has_written = False  # whether forward or backward has written to a parameter
         self._sees_parts = self._is_one_of_many
         _refuse_max_norm(model, options)
@@ -154,6 +159,11 @@ class Replica:
     def is_forward_collective(self) -> bool:
         """Whether forward calls the other ranks: for BatchNorm, or for embeddings with `max_norm`."""
         return bool(self._batchnorm or self._max_norm)
+
+    @property
+    def has_unsummed_step(self) -> bool:
+        """Whether an optimizer has made a step on gradients that the ranks have not added."""
+        return self._progress.has_unsummed_step
 
     def take_has_counted(self) -> bool:
         """Return whether samples of this rank have counted in BatchNorm's statistics since the last call. Local."""
@@ -221,7 +231,7 @@ class Replica:
         self._reducer.start(keep, bool(flags & StepFlags.GRADIENTS_ARE_HELD))
 
     def _start_checks(self, keep: bool) -> None:
-        self._num_graphs, self._objection = 0, None
+        self._num_graphs, self._objection, self.failure = 0, None, None
         self.leaves.start(keep)
 
     def refuse_hooks(self, sees_parts: bool) -> str | None:
@@ -373,12 +383,18 @@ class Replica:
 
         Returns:
             The sum of each term over all microbatches and ranks, in float64, and the structure of the loss.
+
+        Raises:
+            ValueError: A rank objects to the step. The same on every rank.
+            Exception: Any rank's `failure`. The same on every rank.
         """
         self._loss = loss
         own = [sum(terms) for terms in zip(*values, strict=True)]
         numbers = [*own, *self._buffers.changes(), *self._findings()]
         sums = self._reducer.finish(numbers)
         sums, changes, findings = sums[: len(own)], sums[len(own) : -3], sums[-3:]
+        if findings[0]:
+            self._forget_sums()
         self._check_findings(*findings)
         self._commit((sums, self._reducer.unused))
         self._buffers.share(source, changes, has_samples)
@@ -407,7 +423,7 @@ class Replica:
                 "the weights, and would write to the same memory. Leave shard out."
             )
         has_written, self._has_written = self._has_written, False
-        return self._objection is not None, has_written, self._num_graphs
+        return bool(self.failure or self._objection), has_written, self._num_graphs
 
     def _check_findings(self, num_objections: float, num_writers: float, num_graphs: float) -> None:
         """Raise the same error on every rank if the step must not change weights.
@@ -415,12 +431,14 @@ class Replica:
         Collective and blocks if a number says so, which is the sum over all ranks.
 
         Args:
-            num_objections: Ranks that object to the step.
+            num_objections: Ranks that object to the step, or have failed in it.
             num_writers: Ranks on which forward or backward has written to a parameter.
             num_graphs: Backwards of a loss with a graph.
         """
         if num_objections:
-            raise_together(self._group, None if self._objection is None else ValueError(self._objection))
+            error = self.failure or (None if self._objection is None else ValueError(self._objection))
+            self.failure = None
+            raise_alike(self._group, error)
         if not num_graphs:
             torch.zeros(()).backward()  # type: ignore[no-untyped-call]  # raises torch's own error
         if num_writers:
@@ -458,11 +476,16 @@ class Replica:
             self._buffers.share(0, [sum(column) for column in zip(*rows, strict=True)], has_samples=True)
 
     def abandon(self) -> None:
-        """Make the gradients' calls of `finish` for a step whose results are not used. Collective, blocks.
+        """Make the gradients' calls of `finish` for a step whose results are not used. Collective, blocks."""
+        self._reducer.finish([])
+        self._forget_sums()
+
+    def _forget_sums(self) -> None:
+        """Keep nothing of sums that are not used. Local; for every rank.
 
         If this was the first step, the next step determines the order of the gradients.
         """
-        self._reducer.finish([])
+        self._reducer.reset_error_feedback()
         if self._progress.num_steps == 0:
             self._reducer.forget_order()
 

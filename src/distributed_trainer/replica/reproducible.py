@@ -129,7 +129,13 @@ class ShardBuffers:
     @contextlib.contextmanager
     def shard(self) -> Iterator[None]:
         """Surround forward and backward of a shard. Local."""
-        yield
+        try:
+            yield
+        finally:
+            self._note_changes()
+
+    def _note_changes(self) -> None:
+        """Note what the shard has changed, and set the buffers back. Local."""
         # Values are compared, since BatchNorm's kernels change running statistics but not their version numbers.
         pairs = zip(self._buffers.tensors(), self._before, strict=True)
         changed = {

@@ -10,9 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..backend.gather import gather_objects, raise_together
+from ..backend.gather import gather_objects, raise_alike
 from ..data.batch import call_model, map_tensors, to_device
 from ..data.loss_weight import is_sum, local_weight, loss_terms
+from ..errors import DistributedTrainerError
 from ..replica.batchnorm import GlobalBatchNorm
 from ..replica.replica import Replica
 
@@ -41,6 +42,10 @@ class Evaluation:
         criterion: The criterion of `DistributedTrainer.evaluate`, or None for no loss.
         metrics: By name: a function of (outputs, targets), or an object of torchmetrics.
 
+    Attributes:
+        error: Exception of this rank's part; None if there was none.
+        is_local: Whether the iteration over parts is local. If not, it raises `error` on every rank.
+
     Raises:
         TypeError: A metric is neither.
         ValueError: A metric is named "loss", and there is a criterion.
@@ -48,6 +53,8 @@ class Evaluation:
 
     def __init__(self, criterion: Callable[..., Any] | None, metrics: Mapping[str, Any]) -> None:
         self._criterion = criterion
+        self.error: Exception | None = None
+        self.is_local = False
         self._objects, self._functions = {}, {}
         for name, metric in metrics.items():
             if name == "loss" and criterion is not None:
@@ -148,7 +155,6 @@ def evaluate(
     evaluation: Evaluation,
     group: Any,
     device: torch.device,
-    is_local: bool,
 ) -> dict[str, Any]:
     """Run the model over this rank's parts. Collective, blocks.
 
@@ -160,25 +166,33 @@ def evaluate(
         evaluation: Adds up the results.
         group: Process group of the ranks.
         device: Where this rank computes.
-        is_local: Whether to iterate over `parts` is local, so that an error can wait for the other ranks.
 
     Raises:
-        TypeError, ValueError: A part cannot be counted, or there are no samples on any rank. The same on every rank.
+        ValueError: There are no samples on any rank. The same on every rank.
+        Exception: A part cannot be counted, or the model, the criterion or a metric has raised on any rank. The same on
+            every rank.
     """
-    error = None
+
+    def count(number: int, own_inputs: Any, own_targets: Any, num_samples: int | None) -> None:
+        if num_samples != 0:
+            inputs, targets = to_device((own_inputs, own_targets), device)
+            with replica.around_evaluation(number):
+                evaluation.add(call_model(replica.model, inputs), targets, num_samples)
+
     with evaluating(replica.model):
         try:
-            for number, (own_inputs, own_targets, num_samples) in enumerate(parts):
-                if num_samples != 0:
-                    inputs, targets = to_device((own_inputs, own_targets), device)
-                    with replica.around_evaluation(number):
-                        evaluation.add(call_model(replica.model, inputs), targets, num_samples)
-        except (TypeError, ValueError) as caught:
-            if not is_local:
+            for number, part in enumerate(parts):
+                try:
+                    count(number, *part)
+                except Exception as error:
+                    evaluation.error = error
+                    if evaluation.is_local:
+                        break
+        except Exception as error:
+            if not evaluation.is_local or isinstance(error, DistributedTrainerError):
                 raise
-            error = caught
-    if is_local:
-        raise_together(group, error, keep=(TypeError, ValueError))
+            evaluation.error = error
+    raise_alike(group, evaluation.error)
     replica.share_changed_buffers()  # a rank with an empty part has not called the model
     return evaluation.result(group)
 

@@ -20,14 +20,15 @@ from ..backend.gather import gather_bytes, raise_together
 from ..checkpoint.checkpointer import Checkpointer
 from ..data.fingerprint import fingerprint
 from ..data.handshake import StepFlags
-from ..errors import MismatchError
+from ..errors import DistributedTrainerError, MismatchError
 from ..options import TrainerOptions
 from ..replica.streams import first_drawing_module
 from .session import Session
 from .step import check_clip_norm
 
-# Exchanged before a backward: weight, loss, whether it has a graph, flags, number of batches to compare.
-_HEADER = struct.Struct("<dd?BB")
+# Exchanged before a backward: weight, loss, whether it has a graph, flags, numbers of batches to compare and of forward
+# and backward blocks that raised.
+_HEADER = struct.Struct("<dd?BBB")
 
 _MOST_COMPARED = 8  # the last batches that were given to `split` since the last backward
 
@@ -48,6 +49,7 @@ class ManualLoop:
         self._uses_forward = False  # whether it was ever used
         self._outputs: list[Any] = []  # results of the model in `forward`, for a loss without a graph
         self._batches: deque[tuple[bytes, dict[str, Any]]] = deque(maxlen=_MOST_COMPARED)  # see `note_batch`
+        self._failures: list[str] = []  # exceptions of this rank since the last backward
 
     def note_batch(self, roots: dict[str, Any]) -> None:
         """Make the next backward compare a batch, which every rank has passed to `split`, over the ranks. Local.
@@ -67,9 +69,10 @@ class ManualLoop:
         self._has_run_forward = self._uses_forward = True
         replica = session.replica
         if replica.notice_changes():
-            self._gather(session, 0.0, 0.0, False, StepFlags.IS_IN_FORWARD, 0)
+            self._gather(session, 0.0, 0.0, False, StepFlags.IS_IN_FORWARD, 0, 0)
             replica.follow(StepFlags.MODEL_HAS_CHANGED)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.noting_failure())
             if replica.is_forward_collective:
                 stack.callback(replica.keep_outputs(self._outputs).remove)
             with _recorded(session, "forward"), replica.around_step(), replica.around_microbatch():
@@ -146,7 +149,13 @@ class ManualLoop:
         ):
             scaled = loss if is_dummy or own == 1 else loss * own
             options = {"retain_graph": retain_graph, "create_graph": create_graph}
-            replica.backward(scaled, self._outputs, is_dummy, not self._holds_back, inputs, **options)
+            try:
+                replica.backward(scaled, self._outputs, is_dummy, not self._holds_back, inputs, **options)
+            except Exception as error:
+                is_shared = session.world_size > 1 and not self._holds_back
+                if not is_shared or isinstance(error, DistributedTrainerError):
+                    raise
+                replica.failure = error  # `finish` raises it on every rank
         keeps_graph = create_graph if retain_graph is None else retain_graph
         self._has_run_forward = self._has_run_forward and keeps_graph
         if not keeps_graph:
@@ -212,9 +221,13 @@ class ManualLoop:
         if refusal is not None or session.replica.leaves.has_others:
             own_flags |= StepFlags.REFUSES
         own = math.nan if weight is None else weight, loss.item(), loss.requires_grad, own_flags
-        batches = list(self._batches)
+        batches, failures = list(self._batches), list(self._failures)
         self._batches.clear()
-        weights, losses, has_graph, flags, nums_batches = self._gather(session, *own, len(batches))
+        self._failures.clear()
+        weights, losses, has_graph, flags, *numbers = self._gather(session, *own, len(batches), len(failures) % 256)
+        nums_batches, nums_failures = numbers
+        if len(set(nums_failures)) > 1:
+            raise_together(session.groups.steps, _skipped(session.rank, failures[-1]) if failures else None)
         if flags & StepFlags.REFUSES:
             raise_together(session.groups.steps, None if refusal is None else ValueError(refusal))
             session.replica.leaves.check_shared()
@@ -234,15 +247,23 @@ class ManualLoop:
 
     @staticmethod
     def _gather(
-        session: Session, weight: float, loss: float, has_graph: bool, flags: int, num_batches: int
-    ) -> tuple[list[float], list[float], list[bool], int, list[int]]:
-        """Return each rank's weight, loss, whether that has a graph, all flags, and numbers of batches to compare.
+        session: Session, weight: float, loss: float, has_graph: bool, flags: int, num_batches: int, num_failures: int
+    ) -> tuple[list[float], list[float], list[bool], int, list[int], list[int]]:
+        """Return what each rank passes, but all flags in one. Collective, blocks.
 
-        Collective, blocks.
+        Args:
+            session: The ranks.
+            weight: Weight of this rank's loss.
+            loss: Its value.
+            has_graph: Whether it has a graph.
+            flags: This rank's `StepFlags`.
+            num_batches: Number of batches to compare.
+            num_failures: Number of forwards and backwards that have raised on this rank since the last backward.
         """
+        header = _HEADER.pack(weight, loss, has_graph, flags, num_batches, num_failures)
         with _recorded(session, "agreement"):
-            rows = gather_bytes(session.groups.steps, _HEADER.pack(weight, loss, has_graph, flags, num_batches))
-        weights, losses, have_graphs, all_flags, nums_batches = map(list, zip(*map(_HEADER.unpack, rows), strict=True))
+            rows = gather_bytes(session.groups.steps, header)
+        weights, losses, have_graphs, all_flags, *numbers = map(list, zip(*map(_HEADER.unpack, rows), strict=True))
         in_forward = [bool(flags & StepFlags.IS_IN_FORWARD) for flags in all_flags]
         if len(set(in_forward)) > 1:
             raise MismatchError(
@@ -250,11 +271,30 @@ class ManualLoop:
                 f"{in_forward.index(False)}, which is in backward. Change the model the same way on every rank, at the "
                 f"same place of the loop."
             )
-        return weights, losses, have_graphs, functools.reduce(operator.or_, all_flags), nums_batches
+        return weights, losses, have_graphs, functools.reduce(operator.or_, all_flags), numbers[0], numbers[1]
+
+    @contextlib.contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Surround a call of `backward`: if it raises and the script continues, the ranks may differ. Local."""
+        try:
+            yield
+        except DistributedTrainerError:
+            raise
+        except Exception as error:
+            self._failures.append(f"{type(error).__name__}: {error}")
+            raise
 
     def _check_options(self) -> None:
         if self._options.reproducible is not None:
             raise ValueError("reproducible= works with train_step, which cuts batches into shards, not in manual loops")
+
+
+def _skipped(rank: int, failure: str) -> MismatchError:
+    return MismatchError(
+        f"forward or backward raised an exception on rank {rank} ({failure}), and its script continued. The other "
+        f"ranks did not skip that batch, so the ranks would now add gradients of different batches. Let the exception "
+        f"end the script, or use train_step, which raises it on every rank."
+    )
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..data.batch import call_model, to_device
 from ..data.handshake import StepFlags
 from ..data.loss_weight import local_loss, loss_terms
 from ..data.partition import Microbatch, dummy_of
+from ..errors import DistributedTrainerError, MismatchError
 from ..metrics.step_clock import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, StepClock
 from ..options import TrainerOptions
 from .auto_microbatch import MicrobatchesTooLarge
@@ -45,6 +46,7 @@ class TrainStep:
     ) -> None:
         self._device, self._clock, self._checkpointer = device, clock, checkpointer
         self.num_samples = 0.0
+        self._num_values = 2  # length of the sums in a step: terms of the loss, and whether the step is logged
         self._waits_for_device = options.balance_speed and device.type != "cpu"
 
     def run(
@@ -55,6 +57,7 @@ class TrainStep:
         criterion: Callable[..., Any],
         counts: Callable[[], bool],
         is_whole: bool,
+        is_logged: bool,
         other_flags: int,
         num_microbatches: int,
     ) -> tuple[list[float], Any]:
@@ -67,15 +70,18 @@ class TrainStep:
             criterion: Loss of the same samples.
             counts: Function that returns whether these samples count, if they are a part.
             is_whole: Whether every rank passes the same batch.
+            is_logged: Whether this rank is to log the step.
             other_flags: This rank's `StepFlags`, besides those about saves.
             num_microbatches: Number of microbatches; each is computed in `Session.num_pieces` pieces.
 
         Returns:
-            Sums of the loss's terms over all ranks, in float64, and the loss's structure.
+            Sums over all ranks, in float64, of the loss's terms and of a number that is not 0 if any rank logs the
+            step; and the loss's structure.
 
         Raises:
             ReplacementWaits: A process is to be admitted first.
             MicrobatchesTooLarge: Memory ran out on some rank, with `microbatches="auto"`.
+            Exception: The model, the criterion or backward has raised it on any rank. The same on every rank.
         """
         replica, clock = session.replica, self._clock
         sees_parts = session.world_size > 1 or num_microbatches > 1 or session.options.reproducible is not None
@@ -107,14 +113,17 @@ class TrainStep:
                 is_last = number == len(batch.microbatches)
                 loss, terms = self._run_microbatch(session, microbatch, batch.total, is_last)
                 values.append(terms)
-                has_memory = session.auto_microbatch.shortage is None
-                replica.combine_buffers(microbatch.num_samples if has_memory else 0)
+                is_complete = session.auto_microbatch.shortage is None and replica.failure is None
+                replica.combine_buffers(microbatch.num_samples if is_complete else 0)
         replica.check_batchnorm()
         if session.auto_microbatch.ranks_lack_memory():
             replica.abandon()
             raise MicrobatchesTooLarge(batch.longest)
-        values = [[float(value) for value in terms] for terms in values]
+        values = [[*map(float, terms), is_logged] for terms in values]
+        if replica.failure is not None:
+            self._raise_together(session, replica.failure)
         result = replica.finish(values, loss, batch.source, batch.num_samples > 0)
+        self._num_values = len(values[0]) if values else 0  # a rank may have no shard
         clock.mark(EXCHANGE)
         session.handshake.balance.record_step(clock.computed() - replica.waited_seconds - began, batch.num_samples)
         return result
@@ -124,23 +133,47 @@ class TrainStep:
     ) -> tuple[Any, list[Any]]:
         """Run forward and backward of a microbatch; return its loss and the loss's terms.
 
-        Once memory has run out, this rank only makes the calls for which other ranks wait: with BatchNorm a dummy makes
-        them, and `Replica.abandon` sends the buckets that the microbatch has not sent.
+        Once they have raised, this rank only makes the calls for which other ranks wait: with BatchNorm a dummy makes
+        them, and `Replica.abandon` or `finish` sends the buckets that the microbatch has not sent.
         """
         replica, memory = session.replica, session.auto_microbatch
-        if memory.shortage is None:
+        if memory.shortage is None and replica.failure is None:
             try:
                 context = replica.around_microbatch(microbatch.is_dummy)
                 return self._run_in(context, session, microbatch, total, is_last)
             except Exception as error:
                 if not memory.catches(error):
-                    raise
+                    if session.world_size == 1 or isinstance(error, DistributedTrainerError):
+                        raise
+                    replica.failure = error
             context, is_last = replica.around_completion(), False
         else:
             context = replica.around_microbatch()
         if not replica.is_forward_collective:
             return None, []
-        return self._run_in(context, session, dummy_of(microbatch), total, is_last)
+        try:
+            return self._run_in(context, session, dummy_of(microbatch), total, is_last)
+        except Exception as error:
+            if replica.failure is None or isinstance(error, DistributedTrainerError):
+                raise
+            self._raise_in_batchnorm(session, replica.failure)
+
+    @staticmethod
+    def _raise_in_batchnorm(session: Session, failure: Exception) -> NoReturn:
+        """Raise an error on every rank, where others may be in BatchNorm and the dummy raises as well. Collective."""
+        try:
+            session.replica.check_batchnorm()
+        except MismatchError as error:
+            raise failure from error
+        raise failure
+
+    def _raise_together(self, session: Session, failure: Exception) -> NoReturn:
+        """Raise this rank's failure, and on the other ranks what `Replica.finish` says. Collective, blocks."""
+        try:
+            session.replica.finish([[0.0] * self._num_values], None, 0, False)
+        except MismatchError as error:  # the number of terms is not known before the first step
+            raise failure from error
+        raise failure
 
     def _run_in(
         self,
@@ -182,6 +215,9 @@ def check_arguments(
         TypeError: The criterion is not callable.
         ValueError: Another argument is not as `DistributedTrainer.train_step` describes it.
     """
+    if isinstance(criterion, type):
+        name = criterion.__name__
+        raise TypeError(f"criterion is the class {name}: pass an object of it, {name}()")
     if not callable(criterion):
         raise TypeError(f"criterion must be callable, such as nn.CrossEntropyLoss(), not {criterion!r}")
     is_auto = microbatches == "auto"
@@ -203,6 +239,10 @@ def check_arguments(
 
 
 def check_clip_norm(clip_norm: float | None) -> None:
-    """Raise ValueError for a norm to which gradients cannot be scaled. Local."""
-    if clip_norm is not None and not clip_norm > 0:
+    """Raise TypeError or ValueError for a norm to which gradients cannot be scaled. Local."""
+    if clip_norm is None:
+        return
+    if not isinstance(clip_norm, (int, float)):
+        raise TypeError(f"clip_norm must be a number, not {type(clip_norm).__name__}")
+    if not clip_norm > 0:
         raise ValueError(f"clip_norm must be above 0, not {clip_norm!r}")

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ..backend.gather import gather_objects
 from ..checkpoint import reader
 from ..checkpoint.checkpointer import Checkpointer, Request
+from ..checkpoint.export import export
 from ..checkpoint.state import TrainingState
 from ..data.batch import map_tensors
 from ..data.handshake import StepFlags
@@ -91,6 +93,7 @@ class DistributedTrainer:
         self._manual_loop = ManualLoop(options, self._checkpointer)
         self._recovery = choose_recovery(session, membership, self._checkpointer, self._position, self._state)
         self._checkpointer.finalize_at_exit(self._recovery, meets=self._owns_groups)
+        self._warnings.watch(self._recovery)
 
     @property
     def _session(self) -> Session:
@@ -198,7 +201,7 @@ class DistributedTrainer:
                 each parameter from the first step on. Every rank must then call `optimizer.state_dict()`, which returns
                 the whole state in the form of an ordinary optimizer; `load_state_dict()` takes this form. TypeError if
                 it is not a torch.optim.Optimizer. ValueError if it has parameters that are not, or no longer, the
-                model's, or does not work with `shard`.
+                model's, does not work with `shard`, or needs a closure (LBFGS).
             microbatches: Number of pieces in which the batch is computed, one after the other, to need less memory; an
                 int of at least 1, the same on every rank. The default, 1, computes this rank's part at once. The loss
                 is exact for pieces of any size. BatchNorm uses the statistics of each piece over all ranks, as one
@@ -237,15 +240,18 @@ class DistributedTrainer:
                 other values). The same on every rank; no parameter has changed, and training can continue.
             torch.OutOfMemoryError: With `microbatches="auto"`, a single sample is too large for some rank. The same on
                 every rank.
-            DistributedTrainerError: A rank has left the job or closed its trainer, or the transport failed.
+            Exception: The model, the criterion or backward has raised it on any rank. Of the same type on every rank;
+                no parameter has changed.
+            DistributedTrainerError: A rank has left the job or closed its trainer, or the transport failed; or an
+                exception of another rank cannot be pickled.
             CheckpointError: An earlier `save` failed. The same on every rank.
         """
-        self._check_open()
+        self._check_open(is_use=True)
         check_arguments(self._options, criterion, microbatches, weight, clip_norm)
         if weight is not None:
             criterion = Weighted(criterion, weight)
         self._session.replica.notice_changes()
-        ids = self._check_optimizer(optimizer)
+        ids = self._check_optimizer(optimizer, has_closure=False)
         if self.is_main and self.world_size > 1:
             self._warnings.about_criterion(criterion)
         clock, is_whole = self._clock, self._takes_whole_batches(inputs, targets)
@@ -253,13 +259,15 @@ class DistributedTrainer:
 
         def compute(session: Session, inputs: Any, targets: Any) -> tuple[list[float], Any]:
             counts, flags = functools.partial(self._counts, inputs, targets), self._recovery.flags
-            run = functools.partial(self._step.run, session, inputs, targets, criterion, counts, is_whole, flags)
+            is_logged = session.rank == 0 and self._reporter.is_due(self._progress.num_steps + 1)
+            batch = inputs, targets, criterion, counts, is_whole
+            run = functools.partial(self._step.run, session, *batch, is_logged, flags)
             return run(microbatches) if isinstance(microbatches, int) else session.auto_microbatch.run(run)
 
         def update(session: Session, is_alone: bool) -> None:
             session.replica.update(optimizer, clip_norm, is_alone=is_alone)
 
-        totals, loss = self._recovery.run(StepAttempt(inputs, targets, compute, update))
+        (*totals, num_logging), loss = self._recovery.run(StepAttempt(inputs, targets, compute, update))
         clock.mark(OPTIMIZER)
         figures = {
             "learning_rate": optimizer.param_groups[0].get("lr"),
@@ -267,7 +275,8 @@ class DistributedTrainer:
         }
         session, num_steps, num_samples = self._session, self._progress.num_steps, self._step.num_samples
         times = clock.end(num_samples)
-        self._reporter.record_step(session.groups.steps, num_steps, sum(totals), num_samples, *times, figures)
+        measured = sum(totals), num_samples, *times, figures
+        self._reporter.record_step(session.groups.steps, num_steps, *measured, is_logged=num_logging > 0)
         self._warnings.remember_step(optimizer, ids)
         remaining = iter(totals)
         return map_tensors(lambda term: torch.tensor(next(remaining), dtype=term.dtype, device=term.device), loss)
@@ -291,7 +300,7 @@ class DistributedTrainer:
             ValueError: The trainer was made with `reproducible`, or is closed.
             ValueError, MismatchError: The model has changed, as in `train_step`. The same on every rank.
         """
-        self._check_open()
+        self._check_open(is_use=True)
         return self._manual_loop.forward(self._session)
 
     @records_call
@@ -350,18 +359,20 @@ class DistributedTrainer:
                 a parameter changes the gradient of a part (see `on_gradient`). The same on every rank.
             RuntimeError: No rank's loss has a graph. The same on every rank. (A rank's loss may have none, such as
                 `torch.zeros(())` where its part has no labels: it counts with no gradient.)
-            MismatchError: Ranks have passed different batches to `split` since the last backward; some ranks pass None
-                as `weight` and others a number; forward has set weights that differ between ranks; the ranks' models
-                have changed differently; or new parameters do not have the same values. The same on every rank.
+            MismatchError: Ranks have passed different batches to `split` since the last backward; a rank has skipped a
+                batch after an exception in forward; some ranks pass None as `weight` and others a number; forward has
+                set weights that differ between ranks; the ranks' models have changed differently; or new parameters do
+                not have the same values. The same on every rank.
             DistributedTrainerError: As in `train_step`.
         """
-        self._check_open()
-        if weight != 0 and self._position.awaits_weight_0():
-            raise ValueError(
-                "this rank's part of the batch is empty, and trainer.loader returned a sample that stands in for it: "
-                "pass weight=0 where loader.is_stand_in is True"
-            )
-        return self._manual_loop.backward(self._session, loss, weight, retain_graph, create_graph, inputs)
+        self._check_open(is_use=True)
+        with self._manual_loop.noting_failure():
+            if weight != 0 and self._position.awaits_weight_0():
+                raise ValueError(
+                    "this rank's part of the batch is empty, and trainer.loader returned a sample that stands in for "
+                    "it: pass weight=0 where loader.is_stand_in is True"
+                )
+            return self._manual_loop.backward(self._session, loss, weight, retain_graph, create_graph, inputs)
 
     def on_gradient(self, parameter: nn.Parameter, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call a function with a parameter's gradient, summed over all ranks, before clipping and the optimizer. Local.
@@ -467,7 +478,7 @@ class DistributedTrainer:
                 rank; no parameter has changed.
             MismatchError: The ranks' weights differ. The same on every rank.
         """
-        self._check_open()
+        self._check_open(is_use=True)
         ids = self._check_optimizer(optimizer)
         session = self._session
         has_changed = self._manual_loop.step(session, optimizer, closure, clip_norm)
@@ -674,7 +685,7 @@ class DistributedTrainer:
             TypeError, ValueError: An argument is not as described above, or the trainer is closed.
             MismatchError: Every rank must pass the same whole batches, but they differ. The same on every rank.
         """
-        self._check_open()
+        self._check_open(is_use=True)
         if weight is not None:
             if criterion is None:
                 raise ValueError("weight= is for the criterion's mean, but there is no criterion: pass a criterion too")
@@ -682,9 +693,10 @@ class DistributedTrainer:
         is_split = isinstance(loader, ShardedDataLoader) or not self._options.split_batches
 
         def run(session: Session) -> dict[str, Any]:
-            parts = _own_parts(session, loader) if is_split else _parts(session, loader)
             evaluation = Evaluation(criterion, metrics or {})
-            return evaluate(session.replica, parts, evaluation, session.groups.steps, self.device, is_split)
+            evaluation.is_local = is_split
+            parts = self._parts(session, loader, evaluation)
+            return evaluate(session.replica, parts, evaluation, session.groups.steps, self.device)
 
         result = self._recovery.retry(run)
         self._clock.skip()
@@ -713,7 +725,7 @@ class DistributedTrainer:
             TypeError, ValueError: An argument is not as described above, or the trainer is closed.
             MismatchError: The ranks' whole batches differ, or some rank has more batches. The same on every rank.
         """
-        self._check_open()
+        self._check_open(is_use=True)
         chosen = self.model if model is None else model
         if not isinstance(chosen, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -764,7 +776,7 @@ class DistributedTrainer:
         Raises:
             TypeError, ValueError: An argument is not as described above, or the trainer is closed.
         """
-        self._check_open()
+        self._check_open(is_use=True)
         self._checkpointer.request(Request.check(folder, keep, objects))
 
     @records_call
@@ -791,7 +803,7 @@ class DistributedTrainer:
                 changed.
             CheckpointError: There is no checkpoint, or it is damaged. The same on every rank.
         """
-        self._check_open()
+        self._check_open(is_use=True)
         request = Request.check(folder, 1, objects)
         return reader.load(request.folder, objects, self._state, self._session.groups.steps)
 
@@ -837,6 +849,30 @@ class DistributedTrainer:
         self._checkpointer.save_on_signal(request)
         return step
 
+    @records_call
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write the model's weights and buffers to one file, for inference. Collective, blocks.
+
+            trainer.export("model.safetensors")
+
+        Any program reads it without this package and without MPI (docs/inference.md). Rank 0 writes what
+        `model.state_dict()` returns there; tensors that are the same object, such as tied weights, once. Readers see
+        the earlier file or the complete new one. To continue a training, use `save`.
+
+        Args:
+            path: Path of the file, in the safetensors format; a file of that name is replaced. TypeError if it is not a
+                path.
+
+        Raises:
+            TypeError, ValueError: An argument is not as described above, or the trainer is closed.
+            ValueError: The model's `state_dict()` has something other than tensors of dense real numbers. The same on
+                every rank.
+            OSError: Rank 0 cannot write the file. The same on every rank.
+        """
+        self._check_open(is_use=True)
+        target = Path(path)
+        self._recovery.retry(lambda session: export(target, self.model, session.groups.steps))
+
     def progress(self, batches: Iterable[Any], description: str = "") -> Iterator[Any]:
         """Iterate over batches; rank 0 shows how many are done, the loss, samples per second and the time left. Local.
 
@@ -863,7 +899,7 @@ class DistributedTrainer:
 
             trainer.log_to(SummaryWriter("runs/first"), every=10)  # look at it with: tensorboard --logdir runs
 
-        Every rank calls it, with a writer and the same `every`; only rank 0's writer gets figures. Each `train_step`
+        Only rank 0's writers get figures: it makes no difference whether other ranks call it, too. Each `train_step`
         that is logged ends with a small exchange between the ranks. Several calls add several writers.
 
         The figures are: loss, learning_rate (of the optimizer's first group), gradient_norm (with `clip_norm`),
@@ -873,8 +909,8 @@ class DistributedTrainer:
         Args:
             writer: A torch.utils.tensorboard.SummaryWriter, or an object with a method log(dict, step). TypeError for
                 other objects.
-            every: Number of steps from one record to the next, the same on every rank. The default, 1, logs every step.
-                ValueError if it is not an int of at least 1.
+            every: Number of steps from one record to the next. The default, 1, logs every step. ValueError if it is not
+                an int of at least 1.
 
         Raises:
             TypeError, ValueError: An argument is not as described above.
@@ -964,6 +1000,7 @@ class DistributedTrainer:
 
     def _close(self, meets: bool) -> None:
         self._is_closed = True
+        self._warnings.close(is_loud=meets)
         self._recovery.end()
         if self._owns_groups:
             self._session.groups.gradients.close()
@@ -1020,20 +1057,42 @@ class DistributedTrainer:
         """
         return not (self._is_out_of_data or self._position.is_stand_in(inputs, targets))
 
+    def _parts(
+        self, session: Session, loader: Iterable[Any], evaluation: Evaluation
+    ) -> Iterator[tuple[Any, Any, int | None]]:
+        """Yield inputs, targets and number of samples (None if it is not known) of this rank's parts.
+
+        Iterations are collective and block if the loader yields whole batches, and else local.
+        """
+        for batch, source in self._position.with_sources(_of(loader)):
+            inputs, targets = check_pair(batch)
+            source = loader if isinstance(loader, ShardedDataLoader) else source
+            evaluation.is_local |= source is not None
+            if not evaluation.is_local:
+                yield session.handshake.part_of(inputs, targets, evaluation.error)
+            elif source is not None and source.is_stand_in:
+                yield inputs, targets, 0
+            else:
+                yield inputs, targets, session.handshake.rule.count_uncut(inputs, targets)
+
     def _gather(self, value: Any) -> list[Any]:
         """Gather a value from every rank. Collective, blocks."""
         return self._recovery.retry(lambda session: gather_objects(session.groups.steps, value))
 
-    def _check_open(self) -> None:
+    def _check_open(self, is_use: bool = False) -> None:
         if self._is_closed:
             raise ValueError("this trainer was closed; make another with create_distributed_trainer")
+        if is_use:
+            self._warnings.is_used = True
 
-    def _check_optimizer(self, optimizer: Any) -> list[int]:
+    def _check_optimizer(self, optimizer: Any, has_closure: bool = True) -> list[int]:
         """Return the ids of the model's parameters that an optimizer updates, or raise an error. Local."""
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
         ids = self._session.replica.check_optimizer(optimizer)
         if not self._warnings.knows(optimizer):
+            if not has_closure:
+                self._warnings.check_closure(optimizer)
             self._state.register_optimizer(optimizer)
             self._warnings.about_optimizer(optimizer, ids, is_loud=self.is_main)
         return ids
@@ -1042,17 +1101,3 @@ class DistributedTrainer:
 def _of(loader: Iterable[Any]) -> Iterable[Any]:
     """Return the batches of a loader, for the trainer itself."""
     return loader.parts() if isinstance(loader, ShardedDataLoader) else loader
-
-
-def _own_parts(session: Session, loader: Iterable[Any]) -> Iterator[tuple[Any, Any, int | None]]:
-    """Yield inputs, targets and number of samples (None if it is not known) of this rank's own batches. Local."""
-    for batch in _of(loader):
-        inputs, targets = check_pair(batch)
-        is_stand_in = isinstance(loader, ShardedDataLoader) and loader.is_stand_in
-        yield inputs, targets, 0 if is_stand_in else session.handshake.rule.count_uncut(inputs, targets)
-
-
-def _parts(session: Session, loader: Iterable[Any]) -> Iterator[tuple[Any, Any, int | None]]:
-    """Yield inputs, targets and number of samples of this rank's parts of whole batches. Iterations are collective."""
-    for batch in loader:
-        yield session.handshake.part_of(*check_pair(batch))

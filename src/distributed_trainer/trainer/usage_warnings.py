@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..data.loss_weight import criterion_name, is_known
+from ..replica.replica import Progress
+from .recovery import ElasticRecovery, NoRecovery
 
 logger = logging.getLogger("distributed_trainer")
 
@@ -23,6 +28,8 @@ class UsageWarnings:
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._last: tuple[weakref.ref[torch.optim.Optimizer], list[int], bool] | None = None
         self._warned_new_optimizer = False
+        self._finalizers: list[weakref.finalize[[], Any]] = []
+        self.is_used = False  # whether the script has called the trainer for more than loaders and parts of batches
 
     def about_criterion(self, criterion: Callable[..., Any]) -> None:
         """Warn of a loss whose mean is not known. Local."""
@@ -37,6 +44,54 @@ class UsageWarnings:
                 'an attribute reduction = "sum"; if it compares samples with each other, it cannot be split.',
                 name,
             )
+
+    def watch(self, recovery: NoRecovery | ElasticRecovery) -> None:
+        """Watch for steps of optimizers that are not the trainer's, and for the end of a trainer without any. Local.
+
+        Args:
+            recovery: The trainer's recovery.
+        """
+        own = weakref.ref(recovery)
+
+        def look(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+            recovery = own()
+            if recovery is None:
+                handle.remove()
+                return
+            session = recovery.session
+            if session.progress.has_unsummed_step or not session.replica.gradients.has_unsummed:
+                return
+            parameters = set(session.model.parameters())
+            if any(parameter in parameters for group in optimizer.param_groups for parameter in group["params"]):
+                session.progress.has_unsummed_step = True
+                if session.rank == 0:
+                    logger.warning(
+                        "%s made a step on gradients of loss.backward(), which the ranks do not add: each rank trains "
+                        "by itself. Call trainer.train_step(...), or in a loop of your own "
+                        "trainer.backward(loss, weight=len(targets)) and trainer.step(optimizer).",
+                        type(optimizer).__name__,
+                    )
+
+        handle = register_optimizer_step_pre_hook(look)
+        self._finalizers = [weakref.finalize(recovery, handle.remove)]
+        if recovery.session.world_size > 1 and recovery.session.rank == 0:
+            at_end = functools.partial(self._at_end, recovery.session.progress)
+            self._finalizers.append(weakref.finalize(recovery, at_end))
+
+    def _at_end(self, progress: Progress) -> None:
+        """Warn of a trainer that was not used. Local."""
+        if not (self.is_used or progress.has_unsummed_step):
+            logger.warning(
+                "a trainer was made, but no step: neither train_step nor backward was called. The script has not "
+                "trained on several ranks."
+            )
+
+    def close(self, is_loud: bool) -> None:
+        """End the watch, and warn of a trainer that was not used if `is_loud`. Local."""
+        remove, *at_end = self._finalizers
+        remove()
+        for finalizer in at_end:
+            finalizer() if is_loud else finalizer.detach()
 
     def knows(self, optimizer: torch.optim.Optimizer) -> bool:
         """Return whether `about_optimizer` was called with an optimizer. Local."""
@@ -60,6 +115,17 @@ class UsageWarnings:
                     type(optimizer).__name__,
                 )
         self._optimizers.add(optimizer)
+
+    @staticmethod
+    def check_closure(optimizer: torch.optim.Optimizer) -> None:
+        """Raise ValueError for an optimizer whose step calls the loss, such as LBFGS. Local."""
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"{name} computes the loss several times in one step, which train_step cannot do. Make a loop of your "
+                f"own: a closure that calls trainer.backward, and trainer.step(optimizer, closure)."
+            )
 
     def remember_step(self, optimizer: torch.optim.Optimizer, ids: list[int]) -> None:
         """Remember that an optimizer has made a step; `ids` are the ids of its parameters. Local."""

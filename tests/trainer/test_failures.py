@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exception in one rank's step, which the script catches to go on: as in one process, or an error on every rank."""
+
+import copy
+
+import pytest
+import torch
+from one_process import assert_same
+from ranks import mixed, on_ranks, same_message
+from small_models import F64, Net, NormNet, batch, sgd
+from torch import nn
+
+from distributed_trainer import MismatchError, PowerSGD, create_distributed_trainer
+
+several = on_ranks(2, 3, (3, 2))
+MARK = 1000.0
+
+
+class BadSampleError(ValueError):
+    """Cannot be pickled: it needs two arguments."""
+
+    def __init__(self, what, where):
+        super().__init__(f"{what} at {where}")
+
+
+class _Raise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, error):
+        ctx.error = error
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.error is not None:
+            raise ctx.error
+        return gradient, None
+
+
+class Fragile(nn.Module):
+    """Model that raises where it sees the marked sample."""
+
+    def __init__(self, inner, place, error):
+        super().__init__()
+        self.inner, self.place, self.error = inner, place, error
+
+    def forward(self, x):
+        is_marked = bool((x == MARK).any())
+        if is_marked and self.place == "before":
+            raise self.error
+        outputs = self.inner(x.clamp(max=3))
+        if is_marked and self.place == "after":
+            raise self.error
+        return _Raise.apply(outputs, self.error if is_marked and self.place == "backward" else None)
+
+
+def train(model, step, is_marked_at, num_samples=12):
+    """Train for 5 steps; skip the batches whose step raises. Return which were skipped."""
+    optimizer = sgd(model)
+    skipped = []
+    for number in range(5):
+        x, y = batch(num_samples, F64, number)
+        if number in is_marked_at:
+            x[-1, 0, 0, 0] = MARK  # the last rank's, not among the first two samples of its part
+        try:
+            step(x, y, optimizer)
+        except (ValueError, RuntimeError, KeyError) as error:
+            assert "broken sample" in str(error), error
+            skipped.append((number, type(error)))
+    return skipped
+
+
+def plain_step(model):
+    def step(x, y, optimizer):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+@pytest.mark.parametrize("place", ["before", "after", "backward"])
+@pytest.mark.parametrize("kind", [Net, NormNet], ids=["plain", "batchnorm"])
+@mixed
+def test_skipped_batches(world, kind, place):
+    """`except: continue` skips the batch on every rank, also if it is the first, as it does in one process."""
+    model = Fragile(kind(F64), place, KeyError("broken sample"))
+    reference = copy.deepcopy(model)
+    expected = train(reference, plain_step(reference), {0, 2})
+    assert [number for number, _ in expected] == [0, 2]
+    trainer = create_distributed_trainer(model)
+
+    def step(x, y, optimizer):
+        trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizer)
+
+    assert train(model, step, {0, 2}) == expected
+    if kind is NormNet and place == "before" and world.size > 1:
+        return  # in one process no sample of the batch reaches BatchNorm's statistics, here the other ranks' do
+    assert_same(model, reference, 1e-10)
+    trainer.close()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"microbatches": 2}, {"microbatches": "auto"}, {"reproducible": 4}, {"shard": "optimizer"}],
+    ids=["microbatches", "auto", "reproducible", "sharded"],
+)
+@several
+def test_options(world, options):
+    microbatches = options.pop("microbatches", 1)
+    model = Fragile(Net(F64), "after", RuntimeError("broken sample"))
+    reference = copy.deepcopy(model)
+    expected = train(reference, plain_step(reference), {1, 3})
+    trainer = create_distributed_trainer(model, **options)
+
+    def step(x, y, optimizer):
+        trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizer, microbatches=microbatches)
+
+    assert train(model, step, {1, 3}) == expected
+    assert_same(model, reference, 1e-10)
+    trainer.close()
+
+
+@several
+def test_compression(world):
+    """What PowerSGD keeps of a step that was not made is not added to the next one."""
+    model = Fragile(Net(F64), "backward", RuntimeError("broken sample"))
+    trainer = create_distributed_trainer(model, compression=PowerSGD(rank=64))
+    reference = copy.deepcopy(model)
+    train(reference, plain_step(reference), {1, 3})
+    train(model, lambda x, y, o: trainer.train_step(x, y, nn.CrossEntropyLoss(), o), {1, 3})
+    assert_same(model, reference, 1e-5)
+    trainer.close()
+
+
+@several
+def test_other_ranks(world):
+    """The other ranks' exception is of the same type, with the traceback of its rank; or of our own, if need be."""
+    model = Fragile(Net(F64), "after", BadSampleError("broken sample", "3"))
+    trainer = create_distributed_trainer(model)
+    x, y = batch(12, F64)
+    x[-1, 0, 0, 0] = MARK
+    with pytest.raises((BadSampleError, RuntimeError), match="broken sample at 3") as raised:
+        trainer.train_step(x, y, nn.CrossEntropyLoss(), sgd(model))
+    is_own = world.rank == world.size - 1
+    assert isinstance(raised.value, BadSampleError) == is_own
+    if not is_own:
+        assert f"raised on rank {world.size - 1}" in str(raised.value.__cause__)
+        assert "in forward" in str(raised.value.__cause__)
+    trainer.close()
+
+
+@several
+def test_terms_of_the_first_step(world):
+    """In a first step, the rank that fails does not know how many terms the loss has: an error, and no rank waits."""
+    model = Fragile(Net(F64), "after", KeyError("broken sample"))
+    trainer = create_distributed_trainer(model)
+    x, y = batch(12, F64)
+    x[-1, 0, 0, 0] = MARK
+
+    def terms(outputs, targets):
+        loss = nn.functional.cross_entropy(outputs, targets)
+        return loss, 2 * loss
+
+    is_own = world.rank == world.size - 1
+    with pytest.raises(KeyError if is_own else MismatchError):
+        trainer.train_step(x, y, terms, sgd(model))
+
+
+@several
+def test_stuck_in_batchnorm(world):
+    """If the rank cannot call BatchNorm even on two samples, no rank waits for it."""
+    model = Fragile(NormNet(F64), "before", KeyError("broken sample"))
+    trainer = create_distributed_trainer(model)
+    x, y = batch(12, F64)
+    x[12 - 12 // world.size, 0, 0, 0] = MARK  # the first sample of the last rank
+    is_own = world.rank == world.size - 1
+    with pytest.raises(KeyError if is_own else MismatchError):
+        trainer.train_step(x, y, nn.CrossEntropyLoss(), sgd(model))
+
+
+@several
+def test_backward_of_a_manual_loop(world):
+    model = Fragile(Net(F64), "backward", KeyError("broken sample"))
+    reference = copy.deepcopy(model)
+    expected = train(reference, plain_step(reference), {0, 2})
+    trainer = create_distributed_trainer(model)
+
+    def step(x, y, optimizer):
+        optimizer.zero_grad()
+        x, y = trainer.split((x, y))
+        trainer.backward(nn.functional.cross_entropy(model(x), y), weight=len(y))
+        trainer.step(optimizer)
+
+    assert train(model, step, {0, 2}) == expected
+    assert_same(model, reference, 1e-10)
+    trainer.close()
+
+
+@several
+def test_forward_of_a_manual_loop(world):
+    """A rank that skips a batch by itself, while the others wait in its backward, is found in its next backward."""
+    model = Fragile(Net(F64), "after", KeyError("broken sample"))
+    trainer = create_distributed_trainer(model)
+    before = copy.deepcopy(model.state_dict())
+    num_caught = 0
+    with pytest.raises(MismatchError, match=rf"on rank {world.size - 1} \(KeyError: 'broken sample'\)") as raised:
+        for number in range(2):
+            x, y = batch(4, F64, number)  # each rank's own samples
+            if world.rank == world.size - 1 and number == 0:
+                x[-1, 0, 0, 0] = MARK
+            try:
+                with trainer.forward():
+                    loss = nn.functional.cross_entropy(model(x), y)
+            except KeyError:
+                num_caught += 1
+                continue
+            trainer.backward(loss, weight=4)
+    assert num_caught == (world.rank == world.size - 1)
+    same_message(world, raised)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    trainer.close()
+
+
+@several
+def test_forward_that_raises_on_all_ranks(world):
+    """Every rank skips the batch: nothing is wrong."""
+    model = Fragile(Net(F64), "after", KeyError("broken sample"))
+    trainer = create_distributed_trainer(model)
+    for number in range(3):
+        x, y = batch(4, F64, number)
+        if number == 1:
+            x[-1, 0, 0, 0] = MARK
+        try:
+            with trainer.forward():
+                loss = nn.functional.cross_entropy(model(x), y)
+        except KeyError:
+            continue
+        trainer.backward(loss, weight=4)
+    trainer.close()
