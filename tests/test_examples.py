@@ -34,10 +34,9 @@ def test_digits_apart(tmp_path):
     results = str(tmp_path / "results.pt")
     run("train_digits.py", 2, "--epochs", "2", "--results", results)
     output = run("train_digits.py", 1, "--epochs", "2", "--compare", results)
-    assert "2 ranks against 1: " in output
-    apart = re.findall(r"(?:losses of epoch  \d, 12 steps|weights after 2 epochs): (\S+)", output)
-    assert len(apart) == 3
-    assert max(map(float, apart[:2])) < 1e-4
+    assert re.search(r"ranks +seconds +test accuracy\n +1 .*%\n +2 .*%\n", output)
+    apart = re.search(r"losses of all 24 steps differ by at most (\S+), and the final weights by (\S+)", output)
+    assert max(map(float, apart.groups())) < 1e-3
 
 
 def test_characters():
