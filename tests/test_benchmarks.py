@@ -94,6 +94,7 @@ def run(name, *words, num_ranks=None, timeout_seconds=110):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_all_reduce():
     check(run("all_reduce.py", num_ranks=2), ALL_REDUCE)
 
@@ -147,6 +148,7 @@ def test_reproducible(num_ranks):
     check(output, {"A training step": (["ordinary", "reproducible"], MODELS)})
 
 
+@pytest.mark.slow
 def test_training_step():
     check(run("training_step.py", num_ranks=2), training_step(MODELS), AGREEMENT)
 

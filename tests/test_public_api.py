@@ -179,6 +179,7 @@ def test_errors():
         assert issubclass(getattr(distributed_trainer, name), distributed_trainer.DistributedTrainerError)
 
 
+@pytest.mark.slow
 def test_import_does_nothing():
     """No MPI is loaded, no logging set up, no variable changed, no thread started."""
     code = """
@@ -194,6 +195,7 @@ assert not any("_engine" in name for name in sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.each_mpi
 def test_stub():
     """The stub of the engine is what tools/write_stub.py writes for the module that was built."""

@@ -131,6 +131,7 @@ def test_example(tmp_path, losses_of_one_rank, command):
     assert list(torch.load(tmp_path / "model.pt")) == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
+@pytest.mark.slow
 def test_first_hour(tmp_path):
     """Both scripts of the difference in docs/first-hour.md print the same losses; the page's other code runs, too."""
     (difference,) = blocks(FIRST_HOUR, "diff")
@@ -156,6 +157,7 @@ def test_first_hour(tmp_path):
     torch.testing.assert_close(safetensors.torch.load_file(tmp_path / "model.safetensors"), dict(weights))
 
 
+@pytest.mark.slow
 def test_inference(tmp_path):
     """Models that the training code of docs/inference.md writes load in its other code, without this package."""
     model, *code = blocks((DOCS / "inference.md").read_text(), "python")

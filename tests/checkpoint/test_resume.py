@@ -14,6 +14,7 @@ def finish(job):
     return job.out
 
 
+@pytest.mark.slow
 def test_last_line(run, tmp_path):
     """One rank asks for a save after its last step, when the other rank has already reached the end of its script."""
     finish(run(resuming("2", "0", "if trainer.rank == 1:\n        trainer.save('checkpoints', optimizer=optimizer)")))

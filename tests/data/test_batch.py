@@ -315,6 +315,7 @@ def test_devices_are_read_on_request_only():
         fingerprint(on_device, read_devices=True)
 
 
+@pytest.mark.slow
 def test_same_in_every_process():
     """Fingerprints do not use Python's hash, whose salt differs between processes."""
     program = (

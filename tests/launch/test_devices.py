@@ -227,6 +227,7 @@ def test_ranks_of_another_job(thread, load):
             other.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "number"), [(1.0, 1), (1.2, 2), (9.0, 4)])
 def test_threads_of_one_process_with_a_limit(limit, number):
     """A process without a launcher respects a limit on CPU time, which torch does not know: it is set to 4 threads."""

@@ -226,6 +226,7 @@ def test_module_that_does_not_load(machine: Machine) -> None:
     assert expected in machine.report()
 
 
+@pytest.mark.slow
 def test_library_that_mpi4py_loaded() -> None:
     """A library that mpi4py loaded is found, and its symbols, which mpi4py keeps local, are made global."""
     run_python(
@@ -237,6 +238,7 @@ def test_library_that_mpi4py_loaded() -> None:
     )
 
 
+@pytest.mark.slow
 def test_mpi_that_was_started_for_fewer_threads() -> None:
     """MPI that the script has started with a lower thread level is refused: the engine calls it from two threads."""
     run_python(
@@ -249,6 +251,7 @@ def test_mpi_that_was_started_for_fewer_threads() -> None:
     )
 
 
+@pytest.mark.slow
 def test_import_loads_no_mpi() -> None:
     run_python(
         "import distributed_trainer",

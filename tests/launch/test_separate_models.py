@@ -27,6 +27,7 @@ os.wait()
 RANK = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}
 
 
+@pytest.mark.slow
 def test_line_at_exit(tmp_path):
     path = tmp_path / "train.py"
     path.write_text(SCRIPT)

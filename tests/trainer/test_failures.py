@@ -9,6 +9,7 @@ from one_process import assert_same
 from ranks import mixed, on_ranks, same_message
 from small_models import F64, Net, NormNet, batch, sgd
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from distributed_trainer import MismatchError, PowerSGD, create_distributed_trainer
 
@@ -196,28 +197,52 @@ def test_backward_of_a_manual_loop(world):
     trainer.close()
 
 
+def manual_steps(world, model, trainer, batches, retries):
+    """Skip or repeat the forward of a batch that raises on the last rank. Return how many raised on this rank."""
+    num_caught = 0
+    for x, y in batches:
+        try:
+            with trainer.forward():
+                loss = nn.functional.cross_entropy(model(x), y)
+        except KeyError:
+            num_caught += 1
+            if not retries:
+                continue
+            with trainer.forward():
+                loss = nn.functional.cross_entropy(model(x.clamp(max=3)), y)
+        trainer.backward(loss, weight=len(y))
+    return num_caught
+
+
 @several
 def test_forward_of_a_manual_loop(world):
     """A rank that skips a batch by itself, while the others wait in its backward, is found in its next backward."""
     model = Fragile(Net(F64), "after", KeyError("broken sample"))
     trainer = create_distributed_trainer(model)
     before = copy.deepcopy(model.state_dict())
-    num_caught = 0
+    x, y = batch(24, F64)
+    x[11, 0, 0, 0] = MARK  # the last rank's, in the first of two batches
+    loader = trainer.loader(TensorDataset(x, y), 12)
     with pytest.raises(MismatchError, match=rf"on rank {world.size - 1} \(KeyError: 'broken sample'\)") as raised:
-        for number in range(2):
-            x, y = batch(4, F64, number)  # each rank's own samples
-            if world.rank == world.size - 1 and number == 0:
-                x[-1, 0, 0, 0] = MARK
-            try:
-                with trainer.forward():
-                    loss = nn.functional.cross_entropy(model(x), y)
-            except KeyError:
-                num_caught += 1
-                continue
-            trainer.backward(loss, weight=4)
-    assert num_caught == (world.rank == world.size - 1)
+        manual_steps(world, model, trainer, loader, retries=False)
     same_message(world, raised)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    trainer.close()
+
+
+@several
+def test_forward_that_is_repeated(world):
+    """A rank may repeat its forward in another way; a rank with data of its own may skip some of it."""
+    model = Fragile(Net(F64), "after", KeyError("broken sample"))
+    trainer = create_distributed_trainer(model)
+    x, y = batch(24, F64)
+    x[11, 0, 0, 0] = MARK
+    is_last = world.rank == world.size - 1
+    loader = trainer.loader(TensorDataset(x, y), 12)
+    assert manual_steps(world, model, trainer, loader, retries=True) == is_last
+    good, marked = (x[12:], y[12:]), (x[:12], y[:12])
+    own = [marked, good, good] if is_last else [good, good]
+    assert manual_steps(world, model, trainer, own, retries=False) == is_last
     trainer.close()
 
 

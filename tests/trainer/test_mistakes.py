@@ -295,9 +295,17 @@ def test_script(run, name):
         assert "rank 0 of 2" not in job.err
 
 
-def test_compiled_step(run):
+@some
+def test_compiled_step(world):
     """A compiled function may call train_step."""
-    script = TRAINER + "print('loss', torch.compile(lambda: step(trainer))(), flush=True)\n"
-    job = run(script, 1)
-    assert job.process.wait(START_SECONDS) == 0, job.err
-    assert "loss tensor(" in job.out
+    model, reference = mlp(3, 2), mlp(3, 2)
+    trainer = create_distributed_trainer(model)
+    x, y = torch.ones(6, 3, dtype=F64), torch.zeros(6, 2, dtype=F64)
+    optimizer, plain = sgd(model), sgd(reference)
+    loss = torch.compile(lambda: trainer.train_step(x, y, nn.MSELoss(), optimizer))()
+    expected = nn.functional.mse_loss(reference(x), y)
+    expected.backward()
+    plain.step()
+    assert abs(loss - expected) < 1e-12
+    assert_same(model, reference, 1e-12)
+    trainer.close()

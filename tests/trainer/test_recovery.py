@@ -319,6 +319,7 @@ REASONS = (
 )
 
 
+@pytest.mark.slow
 def test_obstacles(tmp_path):
     """Obstacles are reported at the start. A kill then ends the job, which is started again."""
     (tmp_path / "train.py").write_text(HEAD + ATTEMPTS + OBSTACLES)
@@ -341,6 +342,7 @@ for x, y in loader:
 """
 
 
+@pytest.mark.slow
 def test_changed_batch(tmp_path):
     """A batch that the script has changed cannot be read again, so the job is started again."""
     (tmp_path / "train.py").write_text(HEAD + ATTEMPTS + CHANGED_BATCH)

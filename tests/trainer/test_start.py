@@ -59,6 +59,7 @@ def test_more_ranks_than_cores(run):
     assert re.search(rf"type `mpirun -np {num_cores} \S*python\S* train.py`\.$", line)
 
 
+@pytest.mark.slow
 def test_another_job_on_the_same_cores(run, tmp_path):
     """The second job's start-up line names the first; it does not when the first only waits."""
     computing = "while not os.path.exists('idle'):\n    pass\n"
@@ -79,6 +80,7 @@ def test_another_job_on_the_same_cores(run, tmp_path):
     assert not re.search(rf"another job.*({pids})", second.out)
 
 
+@pytest.mark.slow
 def test_what_the_first_step_imports_is_loaded():
     """The first optimizer and step import next to nothing: a rank that imports for seconds lets the others wait."""
     script = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -49,6 +50,10 @@ class DataPosition:
     def gives_parts(self) -> bool:
         """Whether the script has iterated over a loader. Then batches are the parts that it returns."""
         return any(position.is_read for position in self._positions)
+
+    def key(self) -> int:
+        """Return a number from 0 to 2^32 - 1 that is the same for the same positions of all loaders."""
+        return zlib.crc32(repr([(position.epoch, position.num_read) for position in self._positions]).encode())
 
     def is_given(self, inputs: Any, targets: Any) -> bool:
         """Return whether these samples are those that a loader has returned last."""

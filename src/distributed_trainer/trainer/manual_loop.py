@@ -20,15 +20,16 @@ from ..backend.gather import gather_bytes, raise_together
 from ..checkpoint.checkpointer import Checkpointer
 from ..data.fingerprint import fingerprint
 from ..data.handshake import StepFlags
+from ..data.position import DataPosition
 from ..errors import DistributedTrainerError, MismatchError
 from ..options import TrainerOptions
 from ..replica.streams import first_drawing_module
 from .session import Session
 from .step import check_clip_norm
 
-# Exchanged before a backward: weight, loss, whether it has a graph, flags, numbers of batches to compare and of forward
-# and backward blocks that raised.
-_HEADER = struct.Struct("<dd?BBB")
+# Exchanged before a backward: weight, loss, whether it has a graph, flags, number of batches to compare, whether
+# forward has raised, position in the data.
+_HEADER = struct.Struct("<dd?BB?I")
 
 _MOST_COMPARED = 8  # the last batches that were given to `split` since the last backward
 
@@ -39,17 +40,18 @@ class ManualLoop:
     Args:
         options: Options of the trainer.
         checkpointer: Makes saves at the start of a backward.
+        position: Position in the data.
     """
 
-    def __init__(self, options: TrainerOptions, checkpointer: Checkpointer) -> None:
-        self._options, self._checkpointer = options, checkpointer
+    def __init__(self, options: TrainerOptions, checkpointer: Checkpointer, position: DataPosition) -> None:
+        self._options, self._checkpointer, self._position = options, checkpointer, position
         self._holds_back = False  # whether a `no_sync` block is open
         self._is_accumulating = False  # whether the last backward was inside a `no_sync` block
         self._has_run_forward = False  # whether `forward` was used since the last backward
         self._uses_forward = False  # whether it was ever used
         self._outputs: list[Any] = []  # results of the model in `forward`, for a loss without a graph
         self._batches: deque[tuple[bytes, dict[str, Any]]] = deque(maxlen=_MOST_COMPARED)  # see `note_batch`
-        self._failures: list[str] = []  # exceptions of this rank since the last backward
+        self._failure: str | None = None  # exception of this rank's last forward since the last backward
 
     def note_batch(self, roots: dict[str, Any]) -> None:
         """Make the next backward compare a batch, which every rank has passed to `split`, over the ranks. Local.
@@ -69,14 +71,17 @@ class ManualLoop:
         self._has_run_forward = self._uses_forward = True
         replica = session.replica
         if replica.notice_changes():
-            self._gather(session, 0.0, 0.0, False, StepFlags.IS_IN_FORWARD, 0, 0)
+            self._gather(session, 0.0, 0.0, False, StepFlags.IS_IN_FORWARD, 0)
             replica.follow(StepFlags.MODEL_HAS_CHANGED)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.noting_failure())
             if replica.is_forward_collective:
                 stack.callback(replica.keep_outputs(self._outputs).remove)
-            with _recorded(session, "forward"), replica.around_step(), replica.around_microbatch():
-                yield
+            try:
+                with _recorded(session, "forward"), replica.around_step(), replica.around_microbatch():
+                    yield
+            except Exception as error:
+                self._failure = f"{type(error).__name__}: {error}"
+                raise
 
     def backward(
         self,
@@ -221,13 +226,12 @@ class ManualLoop:
         if refusal is not None or session.replica.leaves.has_others:
             own_flags |= StepFlags.REFUSES
         own = math.nan if weight is None else weight, loss.item(), loss.requires_grad, own_flags
-        batches, failures = list(self._batches), list(self._failures)
+        batches = list(self._batches)
         self._batches.clear()
-        self._failures.clear()
-        weights, losses, has_graph, flags, *numbers = self._gather(session, *own, len(batches), len(failures) % 256)
-        nums_batches, nums_failures = numbers
-        if len(set(nums_failures)) > 1:
-            raise_together(session.groups.steps, _skipped(session.rank, failures[-1]) if failures else None)
+        weights, losses, has_graph, flags, nums_batches, may_differ = self._gather(session, *own, len(batches))
+        failure, self._failure = self._failure, None
+        if may_differ:
+            raise_together(session.groups.steps, None if failure is None else _skipped(session.rank, failure))
         if flags & StepFlags.REFUSES:
             raise_together(session.groups.steps, None if refusal is None else ValueError(refusal))
             session.replica.leaves.check_shared()
@@ -245,11 +249,10 @@ class ManualLoop:
         fractions = [(1.0 if is_sum else other) / total for other in weights]
         return losses, fractions, flags
 
-    @staticmethod
     def _gather(
-        session: Session, weight: float, loss: float, has_graph: bool, flags: int, num_batches: int, num_failures: int
-    ) -> tuple[list[float], list[float], list[bool], int, list[int], list[int]]:
-        """Return what each rank passes, but all flags in one. Collective, blocks.
+        self, session: Session, weight: float, loss: float, has_graph: bool, flags: int, num_batches: int
+    ) -> tuple[list[float], list[float], list[bool], int, list[int], bool]:
+        """Exchange what `backward` needs of every rank. Collective, blocks.
 
         Args:
             session: The ranks.
@@ -258,12 +261,17 @@ class ManualLoop:
             has_graph: Whether it has a graph.
             flags: This rank's `StepFlags`.
             num_batches: Number of batches to compare.
-            num_failures: Number of forwards and backwards that have raised on this rank since the last backward.
+
+        Returns:
+            Weights, losses, whether they have graphs, the union of the flags, numbers of batches; and whether a rank
+            has skipped a batch of `trainer.loader` that others have not, after an exception in forward.
         """
-        header = _HEADER.pack(weight, loss, has_graph, flags, num_batches, num_failures)
+        place = self._failure is not None, self._position.key()
+        header = _HEADER.pack(weight, loss, has_graph, flags, num_batches, *place)
         with _recorded(session, "agreement"):
             rows = gather_bytes(session.groups.steps, header)
-        weights, losses, have_graphs, all_flags, *numbers = map(list, zip(*map(_HEADER.unpack, rows), strict=True))
+        columns = map(list, zip(*map(_HEADER.unpack, rows), strict=True))
+        weights, losses, have_graphs, all_flags, nums_batches, have_failed, keys = columns
         in_forward = [bool(flags & StepFlags.IS_IN_FORWARD) for flags in all_flags]
         if len(set(in_forward)) > 1:
             raise MismatchError(
@@ -271,18 +279,8 @@ class ManualLoop:
                 f"{in_forward.index(False)}, which is in backward. Change the model the same way on every rank, at the "
                 f"same place of the loop."
             )
-        return weights, losses, have_graphs, functools.reduce(operator.or_, all_flags), numbers[0], numbers[1]
-
-    @contextlib.contextmanager
-    def noting_failure(self) -> Iterator[None]:
-        """Surround a call of `backward`: if it raises and the script continues, the ranks may differ. Local."""
-        try:
-            yield
-        except DistributedTrainerError:
-            raise
-        except Exception as error:
-            self._failures.append(f"{type(error).__name__}: {error}")
-            raise
+        may_differ = any(have_failed) and len(set(keys)) > 1
+        return weights, losses, have_graphs, functools.reduce(operator.or_, all_flags), nums_batches, may_differ
 
     def _check_options(self) -> None:
         if self._options.reproducible is not None:
@@ -291,9 +289,9 @@ class ManualLoop:
 
 def _skipped(rank: int, failure: str) -> MismatchError:
     return MismatchError(
-        f"forward or backward raised an exception on rank {rank} ({failure}), and its script continued. The other "
-        f"ranks did not skip that batch, so the ranks would now add gradients of different batches. Let the exception "
-        f"end the script, or use train_step, which raises it on every rank."
+        f"forward raised an exception on rank {rank} ({failure}), and its script took another batch of trainer.loader. "
+        f"The other ranks did not, so the ranks would add gradients of different batches. Let the exception end the "
+        f"script, or use train_step, which raises it on every rank."
     )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -145,6 +146,8 @@ class TrainStep:
                 if not memory.catches(error):
                     if session.world_size == 1 or isinstance(error, DistributedTrainerError):
                         raise
+                    if isinstance(error, torch.OutOfMemoryError):
+                        traceback.clear_frames(error.__traceback__)  # they hold the tensors of forward
                     replica.failure = error
             context, is_last = replica.around_completion(), False
         else:

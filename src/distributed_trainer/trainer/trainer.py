@@ -90,7 +90,7 @@ class DistributedTrainer:
         self._checkpointer = Checkpointer(self._state, groups)
         self._counters = dict if membership is None else membership.counters
         self._step = TrainStep(options, device, self._clock, self._checkpointer)
-        self._manual_loop = ManualLoop(options, self._checkpointer)
+        self._manual_loop = ManualLoop(options, self._checkpointer, self._position)
         self._recovery = choose_recovery(session, membership, self._checkpointer, self._position, self._state)
         self._checkpointer.finalize_at_exit(self._recovery, meets=self._owns_groups)
         self._warnings.watch(self._recovery)
@@ -360,19 +360,18 @@ class DistributedTrainer:
             RuntimeError: No rank's loss has a graph. The same on every rank. (A rank's loss may have none, such as
                 `torch.zeros(())` where its part has no labels: it counts with no gradient.)
             MismatchError: Ranks have passed different batches to `split` since the last backward; a rank has skipped a
-                batch after an exception in forward; some ranks pass None as `weight` and others a number; forward has
-                set weights that differ between ranks; the ranks' models have changed differently; or new parameters do
-                not have the same values. The same on every rank.
+                batch of `trainer.loader` after an exception in forward; some ranks pass None as `weight` and others a
+                number; forward has set weights that differ between ranks; the ranks' models have changed differently;
+                or new parameters do not have the same values. The same on every rank.
             DistributedTrainerError: As in `train_step`.
         """
         self._check_open(is_use=True)
-        with self._manual_loop.noting_failure():
-            if weight != 0 and self._position.awaits_weight_0():
-                raise ValueError(
-                    "this rank's part of the batch is empty, and trainer.loader returned a sample that stands in for "
-                    "it: pass weight=0 where loader.is_stand_in is True"
-                )
-            return self._manual_loop.backward(self._session, loss, weight, retain_graph, create_graph, inputs)
+        if weight != 0 and self._position.awaits_weight_0():
+            raise ValueError(
+                "this rank's part of the batch is empty, and trainer.loader returned a sample that stands in for it: "
+                "pass weight=0 where loader.is_stand_in is True"
+            )
+        return self._manual_loop.backward(self._session, loss, weight, retain_graph, create_graph, inputs)
 
     def on_gradient(self, parameter: nn.Parameter, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call a function with a parameter's gradient, summed over all ranks, before clipping and the optimizer. Local.

@@ -8,14 +8,16 @@ import inspect
 import logging
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..data.loss_weight import criterion_name, is_known
-from ..replica.replica import Progress
-from .recovery import ElasticRecovery, NoRecovery
+
+if TYPE_CHECKING:
+    from ..replica.replica import Progress
+    from .recovery import ElasticRecovery, NoRecovery
 
 logger = logging.getLogger("distributed_trainer")
 
