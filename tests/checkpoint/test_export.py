@@ -81,11 +81,16 @@ def test_errors(world, folder):
     with pytest.raises(FileNotFoundError, match="no-folder") as raised:
         trainer.export(folder / "no-folder" / "model.safetensors")
     same_message(world, raised)
-    trainer.export(folder / "model.safetensors")
+    if world.rank == 0:
+        (folder / "link").symlink_to("model.safetensors")
+    trainer.export(folder / "link")
+    assert (folder / "link").is_symlink()
     model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
     with pytest.raises(ValueError, match=r"'phases' in the model's state_dict\(\) is a tensor of torch.complex128"):
         trainer.export(folder / "model.safetensors")
     assert safetensors.torch.load_file(folder / "model.safetensors").keys() == {"weight", "bias"}
     with pytest.raises(TypeError):
         trainer.export(3)
+    with pytest.raises(FileExistsError, match="is no file that could be replaced"):
+        trainer.export(folder)
     trainer.close()

@@ -169,11 +169,11 @@ def test_terms_of_the_first_step(world):
 
 @several
 def test_stuck_in_batchnorm(world):
-    """If the rank cannot call BatchNorm even on two samples, no rank waits for it."""
+    """If no sample of the rank reaches BatchNorm, no rank waits for it."""
     model = Fragile(NormNet(F64), "before", KeyError("broken sample"))
     trainer = create_distributed_trainer(model)
     x, y = batch(12, F64)
-    x[12 - 12 // world.size, 0, 0, 0] = MARK  # the first sample of the last rank
+    x[12 - 12 // world.size :, 0, 0, 0] = MARK  # all samples of the last rank
     is_own = world.rank == world.size - 1
     with pytest.raises(KeyError if is_own else MismatchError):
         trainer.train_step(x, y, nn.CrossEntropyLoss(), sgd(model))
@@ -261,4 +261,106 @@ def test_forward_that_raises_on_all_ranks(world):
         except KeyError:
             continue
         trainer.backward(loss, weight=4)
+    trainer.close()
+
+
+class Embedded(nn.Module):
+    """Model whose forward is collective, since `max_norm` is."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(10, 4, max_norm=1.0, dtype=F64)
+        self.linear = nn.Linear(4, 4, dtype=F64)
+
+    def forward(self, tokens):
+        return self.linear(self.embedding(tokens))
+
+
+@pytest.mark.parametrize("kind", ["batchnorm", "max_norm"])
+@mixed
+def test_wrong_label_of_a_first_sample(world, kind):
+    """The dummy that completes a step has the label that the criterion refuses, too: it does without the criterion."""
+    model = NormNet(F64) if kind == "batchnorm" else Embedded()
+    reference = copy.deepcopy(model)
+    trainer = create_distributed_trainer(model)
+    optimizers = sgd(model), sgd(reference)
+    for step in range(4):
+        x, y = batch(4 * world.size, F64, step)
+        x = torch.randint(0, 10, (len(y),)) if kind == "max_norm" else x
+        if step in (0, 2):
+            y[-4] = 7  # the first label of the last rank
+        try:
+            optimizers[1].zero_grad()
+            nn.functional.cross_entropy(reference(x), y).backward()
+            optimizers[1].step()
+        except IndexError:
+            with pytest.raises(IndexError, match="Target 7 is out of bounds"):
+                trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizers[0])
+        else:
+            trainer.train_step(x, y, nn.CrossEntropyLoss(), optimizers[0])
+    assert_same(model, reference, 1e-10)
+    trainer.close()
+
+
+@several
+def test_stuck_in_max_norm(world):
+    """If no sample of the rank can make the calls of `max_norm`, no rank waits, and the error names the cause."""
+    model = Embedded()
+    trainer = create_distributed_trainer(model)
+    tokens, y = torch.zeros(4 * world.size, dtype=torch.long), torch.zeros(4 * world.size, dtype=torch.long)
+    is_own = world.rank == world.size - 1
+    if is_own:
+        model.forward = lambda _: 1 / 0
+    with pytest.raises(ZeroDivisionError if is_own else MismatchError) as raised:
+        trainer.train_step(tokens, y, nn.CrossEntropyLoss(), sgd(model))
+    if not is_own:
+        assert "train_step (ZeroDivisionError)" in str(raised.value)
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise AttributeError("a typo")
+
+
+@several
+def test_exception_without_text(world):
+    model = Fragile(Net(F64), "after", Unprintable())
+    trainer = create_distributed_trainer(model)
+    x, y = batch(12, F64)
+    x[-1, 0, 0, 0] = MARK
+    for microbatches in (1, "auto"):
+        with pytest.raises(Unprintable):
+            trainer.train_step(x, y, nn.CrossEntropyLoss(), sgd(model), microbatches=microbatches)
+    trainer.close()
+
+
+@several
+def test_skipped_part(world):
+    """A script that skips its own part of a batch of trainer.loader is found in the rank's next step."""
+    model = Net(F64)
+    trainer = create_distributed_trainer(model)
+    optimizer = sgd(model)
+    x, y = batch(36, F64)
+    loader = trainer.loader(TensorDataset(x, y), 12)
+    with pytest.raises(MismatchError, match=r"rank 0 has batch 2 of epoch 0.* such as by `continue`") as raised:
+        for number, (inputs, targets) in enumerate(loader):
+            if number == 1 and world.rank == world.size - 1:
+                continue
+            trainer.train_step(inputs, targets, nn.CrossEntropyLoss(), optimizer)
+    assert f"rank {world.size - 1} has batch 3 of epoch 0" in same_message(world, raised)
+    trainer.close()
+
+
+@several
+def test_look_at_one_rank(world):
+    """A rank may read other loaders alone, and look ahead in none that the training uses."""
+    model = Net(F64)
+    trainer = create_distributed_trainer(model)
+    optimizer, dataset = sgd(model), TensorDataset(*batch(24, F64))
+    loader, other = trainer.loader(dataset, 12), trainer.loader(dataset, 12)
+    for inputs, targets in loader:
+        if trainer.is_main:
+            next(iter(other))
+        trainer.train_step(inputs, targets, nn.CrossEntropyLoss(), optimizer)
     trainer.close()

@@ -172,7 +172,7 @@ def test_evaluate_raises(world, reads_parts):
     for number in range(2):  # the last batch is also the first
         loader = trainer.loader(TensorDataset(x[-4:], y[-4:]), 4) if reads_parts else batches[-1:]
         with pytest.raises(KeyError, match="unknown class"):
-            trainer.evaluate(loader if number else batches, None, {"m": metric})
+            trainer.evaluate(loader if number else [*batches, *batches[:2]], None, {"m": metric})
     trainer.close()
 
 
@@ -248,7 +248,7 @@ SCRIPTS = {
     "unused": (
         "trainer = create_distributed_trainer(model)\ntrainer.loader([1, 2], 1)\n",
         0,
-        "a trainer was made, but no step",
+        "a trainer and an optimizer were made, but no step",
     ),
     "evaluated": (
         "trainer = create_distributed_trainer(model)\n"

@@ -166,7 +166,7 @@ def _pickled(error: Exception) -> bytes:
         pickle.loads(data)
         return data
     except Exception:  # an exception's own code can raise anything
-        return pickle.dumps(DistributedTrainerError(f"{type(error).__name__}: {error}"))
+        return pickle.dumps(DistributedTrainerError(traceback.format_exception_only(error)[-1].strip()))
 
 
 def _describe(error: Exception, otherwise: type[Exception], keep: tuple[type[Exception], ...]) -> list[Any]:

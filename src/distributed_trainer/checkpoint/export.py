@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -31,7 +32,10 @@ def export(path: Path, model: nn.Module, group: Any) -> None:
 
 
 def _write(path: Path, model: nn.Module) -> None:
+    path = Path(os.path.realpath(path))  # a link stays one
     path.parent.stat()  # raises an error that names the folder
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "is no file that could be replaced", str(path))
     contents = contents_of([piece for name, tensor in _tensors(model) for piece in pieces_of(name, tensor)])
     # Readers see the old file or the new one.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ..backend.gather import gather_bytes, gather_objects, raise_together
-from ..errors import DistributedTrainerError, MismatchError
+from ..backend.gather import gather_bytes, gather_objects, raise_alike
+from ..errors import MismatchError
 from ..options import TrainerOptions
 from .balance import Balance
 from .fingerprint import FINGERPRINT_BYTES, compare_fingerprints, fingerprint
@@ -24,7 +24,7 @@ from .split import own_shards, part_bounds, shard_part
 
 _Result = TypeVar("_Result")
 
-_PART_HEADER = struct.Struct("<ddB")  # sent where ranks have parts: number of samples, weight, flags
+_PART_HEADER = struct.Struct("<ddQB")  # sent where ranks have parts: number of samples, weight, place, flags
 
 _COUNT_HEADER = struct.Struct("<qB")  # sent where ranks have shards: number of samples, flags
 
@@ -77,6 +77,7 @@ class StepHandshake:
         counts: Callable[[], bool],
         num_microbatches: int,
         is_whole: bool,
+        place: int,
         flags: int,
         refusal: Exception | None = None,
     ) -> tuple[LocalBatch, int]:
@@ -90,6 +91,7 @@ class StepHandshake:
                 dummy. It is local, and may raise an error.
             num_microbatches: Number of microbatches to make.
             is_whole: Every rank passes the same batch. False: each rank passes its own samples.
+            place: `DataPosition.place_of` of a part.
             flags: This rank's `StepFlags`.
             refusal: Another reason why no rank may begin the step; None if this rank has none.
 
@@ -108,7 +110,7 @@ class StepHandshake:
         elif self._num_shards is not None:
             batch, flags = self._shards_of_part(given, counts, flags, refusal)
         else:
-            batch, flags = self._of_part(given, counts, num_microbatches, flags, refusal)
+            batch, flags = self._of_part(given, counts, num_microbatches, place, flags, refusal)
         if batch.total == 0 and isinstance(criterion, Weighted):
             raise ValueError(
                 "weight= is 0 for all samples of the batch, so its mean is not defined; skip the batch on every rank"
@@ -162,6 +164,7 @@ class StepHandshake:
         given: Given,
         counts: Callable[[], bool],
         num_microbatches: int,
+        place: int,
         flags: int,
         refusal: Exception | None,
     ) -> tuple[LocalBatch, int]:
@@ -178,9 +181,22 @@ class StepHandshake:
             return 1 if num_samples is None else num_samples, weight
 
         measured, error = _attempt(measure, refusal)
-        header = _PART_HEADER.pack(*(measured or (0, 0.0)), _flags(flags, error))
+        header = _PART_HEADER.pack(*(measured or (0, 0.0)), place, _flags(flags, error))
         rows = gather_bytes(self._group, header)
-        headers, flags = [_PART_HEADER.unpack(row)[:2] for row in rows], self._union(rows, error)
+        unpacked = [_PART_HEADER.unpack(row) for row in rows]
+        headers, places = [row[:2] for row in unpacked], [row[2] for row in unpacked]
+        flags = self._union(rows, error)
+        if len({place for place in places if place}) > 1:
+            numbers = ", ".join(
+                f"rank {rank} has batch {place % (1 << 32)} of epoch {place >> 32}"
+                for rank, place in enumerate(places)
+                if place
+            )
+            raise MismatchError(
+                f"the ranks' parts are of different batches of trainer.loader: {numbers}. A rank has skipped one that "
+                f"others have not, such as by `continue` after a look at its own part. Skip a batch on all ranks or on "
+                f"none; drop samples in the dataset or in collate_fn."
+            )
         if not any(samples for samples, _ in headers):
             raise ValueError("no rank has a sample for this step; end the loop on every rank, as trainer.batches does")
         if num_microbatches == 1:  # nothing is cut
@@ -282,16 +298,9 @@ class StepHandshake:
         return flags
 
     def _raise_together(self, error: Exception | None) -> None:
-        """Raise the error of the lowest rank that has one, on every rank. Collective, blocks, unless it is alone.
-
-        An error of the user's own code keeps its type on the ranks that have it.
-        """
-        try:
-            if self._size > 1:
-                raise_together(self._group, error, keep=(TypeError, ValueError))
-        except DistributedTrainerError:
-            if error is None:
-                raise
+        """Raise the error of the lowest rank that has one, on every rank. Collective, blocks, unless it is alone."""
+        if self._size > 1:
+            raise_alike(self._group, error)
         if error is not None:
             raise error
 

@@ -9,13 +9,14 @@ collectives, and the dummy counts for nothing. Nothing here communicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .batch import map_tensors
+from .batch import map_tensors, tensors
 from .loss_weight import Weighted, criterion_name, local_weight, split_criterion
 from .samples import SampleRule
 from .split import Split, part_bounds
@@ -81,6 +82,10 @@ class Microbatch:
     def criterion(self) -> Callable[..., Any]:
         """Loss of these samples."""
         return self.given.criterion
+
+    def without_criterion(self) -> Microbatch:
+        """Return the microbatch with the sum of the outputs as loss."""
+        return replace(self, given=self.given._replace(criterion=_sum_of_outputs))
 
 
 @dataclass(frozen=True)
@@ -168,9 +173,18 @@ def cut_shards(
     return LocalBatch(microbatches, total, 0, max(lengths), sum(lengths), global_samples)
 
 
-def dummy_of(microbatch: Microbatch) -> Microbatch:
-    """Return a dummy from the first two samples of a microbatch, since BatchNorm needs two values."""
-    return replace(microbatch, given=microbatch.given.dummy(2), is_dummy=True, num_samples=0)
+def _sum_of_outputs(outputs: Any, _targets: Any) -> Tensor:
+    sums = [output.sum() for output in tensors(outputs) if output.is_floating_point()]
+    return torch.stack([one.double() for one in sums]).sum()
+
+
+def dummies_of(microbatch: Microbatch) -> Iterator[Microbatch]:
+    """Yield dummies from the first two samples of a microbatch, then from its last two: BatchNorm needs two values."""
+    given, num_samples = microbatch.given, microbatch.num_samples
+    yield replace(microbatch, given=given.dummy(2), is_dummy=True, num_samples=0)
+    if num_samples > 2:
+        last = given.part(num_samples, num_samples - 2, num_samples)
+        yield replace(microbatch, given=last, is_dummy=True, num_samples=0)
 
 
 def _microbatch(given: Given, num_samples: int, start: int, stop: int, dummy: int) -> Microbatch:

@@ -55,6 +55,15 @@ class DataPosition:
         """Return a number from 0 to 2^32 - 1 that is the same for the same positions of all loaders."""
         return zlib.crc32(repr([(position.epoch, position.num_read) for position in self._positions]).encode())
 
+    def place_of(self, inputs: Any, targets: Any) -> int:
+        """Return epoch times 2^32 plus the batch's number, from 1, if a loader has returned these last; otherwise 0."""
+        loaders = [loader for ref in self._loaders if (loader := ref()) is not None and loader.given is not None]
+        own = _ids_of_leaves((inputs, targets)) if loaders else set()
+        for loader in loaders:
+            if own & _nodes(loader.given).keys():
+                return (loader.position.epoch << 32) + loader.position.num_read
+        return 0
+
     def is_given(self, inputs: Any, targets: Any) -> bool:
         """Return whether these samples are those that a loader has returned last."""
         loaders = [loader for ref in self._loaders if (loader := ref()) is not None and loader.given is not None]

@@ -124,6 +124,13 @@ def _enter(name: str, file: str, line: int) -> None:
         _report_current(engine)
 
 
+def note_exception(error: Exception) -> None:
+    """Show in the messages of other ranks that the call in progress has raised an exception here. Local."""
+    if _current is not None:
+        name, file, line = _current
+        _enter(f"{name} ({type(error).__name__})", file, line)  # others see the first 31 characters
+
+
 def _leave() -> None:
     global _current
     _current = None

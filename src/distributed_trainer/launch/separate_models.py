@@ -48,12 +48,12 @@ def _has_trained() -> bool:
     """Return whether this process has made an optimizer and ended without an exception. Local."""
     torch = sys.modules.get("torch")
     has_failed = hasattr(sys, "last_type")
-    return torch is not None and not has_failed and _was_made(torch.optim.Optimizer)
+    return torch is not None and not has_failed and was_made(torch.optim.Optimizer)
 
 
-def _was_made(kind: type) -> bool:
+def was_made(kind: type) -> bool:
     """Return whether an optimizer of a class, or of a class derived from it, was made: torch then marks its `step`."""
-    return hasattr(kind.step, "hooked") or any(map(_was_made, kind.__subclasses__()))  # type: ignore[attr-defined]
+    return hasattr(kind.step, "hooked") or any(map(was_made, kind.__subclasses__()))  # type: ignore[attr-defined]
 
 
 def _is_connected_by_others() -> bool:

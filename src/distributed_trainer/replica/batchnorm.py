@@ -201,7 +201,7 @@ class _Exchange:
         Args:
             completes: Repeat the last sequence; calls that this rank has already made are skipped.
         """
-        self._num_skipped = self._num_made if completes else 0
+        self._num_skipped = max(self._num_made, self._num_skipped) if completes else 0
         self._num_made = 0
 
     @property
@@ -277,7 +277,8 @@ class _Exchange:
         return MismatchError(
             f"ranks call different BatchNorm modules: {places}. BatchNorm puts the statistics of all ranks "
             f"together, so every rank must call the same modules in the same order. If a random number decides which "
-            f"layers run, draw it inside `with distributed_trainer.common_random():`. No weight was changed."
+            f"layers run, draw it inside `with distributed_trainer.common_random():`. If an exception has ended "
+            f"forward on a rank, see there. No weight was changed."
         )
 
     def _place(self, call: int) -> str:

@@ -48,7 +48,7 @@ class GlobalMaxNorm:
     def active(self, is_dummy: bool = False, completes: bool = False) -> Iterator[None]:
         """Scale the rows of all ranks until the end of the block. Arguments are those of `GlobalBatchNorm.active`."""
         self._is_dummy = is_dummy
-        self._num_skipped = self._num_made if completes else 0
+        self._num_skipped = max(self._num_made, self._num_skipped) if completes else 0
         self._num_made = 0
         own_classes = [type(module) for module in self._modules]
         try:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..backend.gather import gather_objects, raise_alike
+from ..backend.gather import gather_bytes, gather_objects, raise_alike
 from ..data import rng
 from ..data.batch import tensors
 from ..data.handshake import StepFlags
@@ -114,6 +114,7 @@ class Replica:
         self._num_graphs = 0  # backwards of this step whose loss had a graph
         self._objection: str | None = None  # why this step must not change weights
         self.failure: Exception | None = None
+        self._has_warned_of_buffers = False
         self._has_written = False  # whether forward or backward has written to a parameter
         self._sees_parts = self._is_one_of_many
         _refuse_max_norm(model, options)
@@ -274,6 +275,11 @@ class Replica:
         """
         return self._as_one_process(is_dummy=is_dummy)
 
+    def begin_completion(self) -> None:
+        """Begin a microbatch of which only the calls for other ranks are made. Local."""
+        with self.around_microbatch():
+            pass
+
     def around_completion(self) -> contextlib.AbstractContextManager[object]:
         """Surround forward and backward of the dummy that completes a microbatch after an exception. Local."""
         return self._as_one_process(completes=True)
@@ -299,15 +305,17 @@ class Replica:
             yield
 
     def check_batchnorm(self) -> None:
-        """Check that no rank calls more BatchNorm modules than this one. Collective and blocks if there are any.
+        """Check that no rank is still in a call of forward. Collective and blocks with BatchNorm or `max_norm`.
 
         Call it where this rank has made its last call, before it waits for the other ranks elsewhere.
 
         Raises:
-            MismatchError: Another rank calls more of them. The same on every rank.
+            MismatchError: Another rank calls more modules of these kinds. The same on every rank.
         """
         if self._batchnorm:
             self._batchnorm.check_finished()
+        elif self._max_norm:
+            gather_bytes(self._group, bytes(3))  # no other call in forward has this length
 
     def around_backward(self, is_dummy: bool) -> contextlib.AbstractContextManager[object]:
         """Surround a backward whose forward is over. Local."""
@@ -395,6 +403,7 @@ class Replica:
         sums, changes, findings = sums[: len(own)], sums[len(own) : -3], sums[-3:]
         if findings[0]:
             self._forget_sums()
+            self._warn_of_buffers(changes[0] > 0 or bool(self._options.buffers))
         self._check_findings(*findings)
         self._commit((sums, self._reducer.unused))
         self._buffers.share(source, changes, has_samples)
@@ -488,6 +497,15 @@ class Replica:
         self._reducer.reset_error_feedback()
         if self._progress.num_steps == 0:
             self._reducer.forget_order()
+
+    def _warn_of_buffers(self, have_changed: bool) -> None:
+        """Warn once, on rank 0, if forward has changed buffers in a step that is not made. Local."""
+        if have_changed and not self._has_warned_of_buffers and self._group.rank() == 0:
+            logger.warning(
+                "a step was not made, but forward has changed buffers of the model on ranks that had no exception. "
+                "They keep these changes (docs/training.md, Exceptions in a step)."
+            )
+        self._has_warned_of_buffers |= have_changed
 
     def update(
         self,

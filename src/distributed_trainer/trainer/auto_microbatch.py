@@ -100,11 +100,11 @@ class AutoMicrobatch:
 
     def catches(self, error: Exception) -> bool:
         """Check whether an error says that memory ran out; if so, record it and return True. Local."""
+        if not self._is_trying or not isinstance(error, (MemoryError, RuntimeError)):
+            return False
         text = str(error).partition("\n")[0] or type(error).__name__
-        is_shortage = isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-            isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in text
-        )
-        if not self._is_trying or not is_shortage:
+        is_shortage = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not is_shortage and "DefaultCPUAllocator: can't allocate memory" not in text:
             return False
         self.shortage = text
         return True

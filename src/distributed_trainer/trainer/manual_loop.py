@@ -9,6 +9,7 @@ import math
 import operator
 import struct
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -80,7 +81,7 @@ class ManualLoop:
                 with _recorded(session, "forward"), replica.around_step(), replica.around_microbatch():
                     yield
             except Exception as error:
-                self._failure = f"{type(error).__name__}: {error}"
+                self._failure = traceback.format_exception_only(error)[-1].strip()
                 raise
 
     def backward(

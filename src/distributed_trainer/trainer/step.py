@@ -17,8 +17,9 @@ from ..checkpoint.checkpointer import Checkpointer
 from ..data.batch import call_model, to_device
 from ..data.handshake import StepFlags
 from ..data.loss_weight import local_loss, loss_terms
-from ..data.partition import Microbatch, dummy_of
+from ..data.partition import Microbatch, dummies_of
 from ..errors import DistributedTrainerError, MismatchError
+from ..launch.call_sites import note_exception
 from ..metrics.step_clock import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, StepClock
 from ..options import TrainerOptions
 from .auto_microbatch import MicrobatchesTooLarge
@@ -58,6 +59,7 @@ class TrainStep:
         criterion: Callable[..., Any],
         counts: Callable[[], bool],
         is_whole: bool,
+        place: int,
         is_logged: bool,
         other_flags: int,
         num_microbatches: int,
@@ -71,6 +73,7 @@ class TrainStep:
             criterion: Loss of the same samples.
             counts: Function that returns whether these samples count, if they are a part.
             is_whole: Whether every rank passes the same batch.
+            place: `DataPosition.place_of` of a part.
             is_logged: Whether this rank is to log the step.
             other_flags: This rank's `StepFlags`, besides those about saves.
             num_microbatches: Number of microbatches; each is computed in `Session.num_pieces` pieces.
@@ -96,6 +99,7 @@ class TrainStep:
             counts,
             num_microbatches * session.num_pieces,
             is_whole,
+            place,
             flags,
             None if refusal is None else ValueError(refusal),
         )
@@ -149,21 +153,37 @@ class TrainStep:
                     if isinstance(error, torch.OutOfMemoryError):
                         traceback.clear_frames(error.__traceback__)  # they hold the tensors of forward
                     replica.failure = error
-            context, is_last = replica.around_completion(), False
-        else:
-            context = replica.around_microbatch()
-        if not replica.is_forward_collective:
-            return None, []
-        try:
-            return self._run_in(context, session, dummy_of(microbatch), total, is_last)
-        except Exception as error:
-            if replica.failure is None or isinstance(error, DistributedTrainerError):
-                raise
-            self._raise_in_batchnorm(session, replica.failure)
+            is_last = False
+        elif replica.is_forward_collective:
+            replica.begin_completion()
+        if replica.is_forward_collective:
+            self._complete(session, microbatch, total, is_last)
+        return None, []
+
+    def _complete(self, session: Session, microbatch: Microbatch, total: float, is_last: bool) -> None:
+        """Make the calls in forward and backward that other ranks wait for, by a dummy. Collective, blocks.
+
+        A dummy may raise what the microbatch has raised: then another one is tried, and the sum of its outputs in place
+        of the criterion.
+        """
+        replica = session.replica
+        error: Exception | None = None
+        for dummy in dummies_of(microbatch):
+            for own in (dummy, dummy.without_criterion()):
+                try:
+                    self._run_in(replica.around_completion(), session, own, total, is_last)
+                    return
+                except DistributedTrainerError:
+                    raise
+                except Exception as caught:
+                    error = caught
+        assert error is not None
+        self._raise_in_batchnorm(session, replica.failure or error)
 
     @staticmethod
     def _raise_in_batchnorm(session: Session, failure: Exception) -> NoReturn:
-        """Raise an error on every rank, where others may be in BatchNorm and the dummy raises as well. Collective."""
+        """Raise an error on every rank, where others may wait in forward and the dummies raise as well. Collective."""
+        note_exception(failure)
         try:
             session.replica.check_batchnorm()
         except MismatchError as error:

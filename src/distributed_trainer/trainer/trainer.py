@@ -260,7 +260,8 @@ class DistributedTrainer:
         def compute(session: Session, inputs: Any, targets: Any) -> tuple[list[float], Any]:
             counts, flags = functools.partial(self._counts, inputs, targets), self._recovery.flags
             is_logged = session.rank == 0 and self._reporter.is_due(self._progress.num_steps + 1)
-            batch = inputs, targets, criterion, counts, is_whole
+            place = 0 if is_whole else self._position.place_of(inputs, targets)
+            batch = inputs, targets, criterion, counts, is_whole, place
             run = functools.partial(self._step.run, session, *batch, is_logged, flags)
             return run(microbatches) if isinstance(microbatches, int) else session.auto_microbatch.run(run)
 

@@ -14,6 +14,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..data.loss_weight import criterion_name, is_known
+from ..launch.separate_models import was_made
 
 if TYPE_CHECKING:
     from ..replica.replica import Progress
@@ -82,10 +83,10 @@ class UsageWarnings:
 
     def _at_end(self, progress: Progress) -> None:
         """Warn of a trainer that was not used. Local."""
-        if not (self.is_used or progress.has_unsummed_step):
+        if was_made(torch.optim.Optimizer) and not (self.is_used or progress.has_unsummed_step):
             logger.warning(
-                "a trainer was made, but no step: neither train_step nor backward was called. The script has not "
-                "trained on several ranks."
+                "a trainer and an optimizer were made, but no step: neither train_step nor backward was called. The "
+                "script has not trained on several ranks."
             )
 
     def close(self, is_loud: bool) -> None:
