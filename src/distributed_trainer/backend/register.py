@@ -4,7 +4,7 @@
 Two more replacements in torch happen elsewhere, while a step runs: `F.linear` in gradients/direct_linear.py, and the
 classes of BatchNorm modules in replica/batchnorm.py.
 
-torch has public ways to register a backend and an init_method. They do not suffice for five purposes. The list names
+torch has public ways to register a backend and an init_method. They do not suffice for six purposes. The list names
 for each the internal that is used, why, and what happens if torch changes it. All hold for torch 2.10 and newer.
 
 1. `torch.distributed.rendezvous._rendezvous_handlers["env"]` is replaced, so that init_process_group without arguments
@@ -20,6 +20,8 @@ for each the internal that is used, why, and what happens if torch changes it. A
    Without them functions of torch.distributed fail, and tests of each function show it.
 5. `torch._C._storage_Use_Count` counts the tensors on a bucket's memory (gradients/buckets.py). Nothing public says
    whether a script has kept a gradient or a view of one. Without it the first step fails.
+6. `torch.distributed.distributed_c10d._FR_SELF_RECORDING_BACKENDS` names the backends to which torch 2.15 attaches no
+   flight recorder. It can attach none to a group in Python. Without it init_process_group fails there.
 """
 
 from __future__ import annotations
@@ -57,6 +59,8 @@ def register() -> None:
     dist.Backend.register_backend("shmpi", _create_backend, extended_api=True, devices=["cpu", "cuda"])
     register_rendezvous_handler("mpi", _rendezvous)  # type: ignore[no-untyped-call]  # torch gives it no types
     _serve_env_by_mpi()
+    module: Any = sys.modules["torch.distributed.distributed_c10d"]
+    getattr(module, "_FR_SELF_RECORDING_BACKENDS", set[str]()).add("shmpi")
     report_at_exit()
     classes = EngineGroup, ProcessGroupShmpi, ProcessGroupShmpiWithAccelerator, Work
     methods = [function for one in classes for function in vars(one).values()]
