@@ -35,8 +35,10 @@ def test_digits_apart(tmp_path):
     run("train_digits.py", 2, "--epochs", "2", "--results", results)
     output = run("train_digits.py", 1, "--epochs", "2", "--compare", results)
     assert re.search(r"ranks +seconds +test accuracy\n +1 .*%\n +2 .*%\n", output)
-    apart = re.search(r"losses of all 24 steps differ by at most (\S+), and the final weights by (\S+)", output)
-    assert max(map(float, apart.groups())) < 1e-3
+    apart = re.search(r"losses of all 24 steps differ by at most (\S+) of .* final weights by at most (\S+) of", output)
+    losses, weights = map(float, apart.groups())
+    assert losses < 1e-4
+    assert weights < 0.05  # of a bias or a statistic near 0, most of it is rounding
 
 
 def test_characters():

@@ -82,7 +82,7 @@ def test_other_versions_on_a_host(tmp_path):
     }
     script = tmp_path / "train.py"
     script.write_text(
-        "import os, sys, torch, uuid\nfrom distributed_trainer import create_distributed_trainer\n"
+        "import os, sys, torch._dynamo, uuid\nfrom distributed_trainer import create_distributed_trainer\n"
         "if os.uname().nodename.startswith('host1'): sys.version_info = (3, 99)\n"
         "try:\n    create_distributed_trainer(torch.nn.Linear(2, 2))\n"
         f"except Exception as error:\n    open(f'{tmp_path}/{{uuid.uuid4()}}.raised', 'w').write(str(error))\n"
