@@ -38,7 +38,7 @@ def test_digits_apart(tmp_path):
     apart = re.search(r"losses of all 24 steps differ by at most (\S+) of .* final weights by at most (\S+) of", output)
     losses, weights = map(float, apart.groups())
     assert losses < 1e-4
-    assert weights < 0.05  # of a bias or a statistic near 0, most of it is rounding
+    assert weights < 0.05  # most of it is rounding, in biases and statistics near 0
 
 
 def test_characters():
