@@ -144,7 +144,7 @@ def test_make_demo(machines: Machines) -> None:
     """Run the demo on a machine that has only what the README asks for."""
     machine = machines.new(machines.compiler, machines.bare)
     copy_checkout(machine)
-    output = machine.run("cd /root/checkout; make demo")
+    output = machine.run("cd /root/checkout; make demo", timeout_seconds=850)
     accuracies = [float(percent) for percent in re.findall(r"epoch 10: .*test accuracy ([\d.]+)%", output)]
     assert len(accuracies) == 2
     assert min(accuracies) >= 97
