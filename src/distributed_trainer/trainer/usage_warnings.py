@@ -59,7 +59,6 @@ class UsageWarnings:
         def look(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
             recovery = own()
             if recovery is None:
-                handle.remove()
                 return
             session = recovery.session
             if session.progress.has_unsummed_step or not session.replica.gradients.has_unsummed:
