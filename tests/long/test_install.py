@@ -148,9 +148,8 @@ def test_make_demo(machines: Machines) -> None:
     accuracies = [float(percent) for percent in re.findall(r"epoch 10: .*test accuracy ([\d.]+)%", output)]
     assert len(accuracies) == 2
     assert min(accuracies) >= 97
-    assert re.search(r"The losses of all 120 steps differ by at most \S+ of their value", output)
-    apart = re.findall(r"losses of epoch .*, 12 steps: (\S+)", output)
-    assert len(apart) == 10
-    assert max(map(float, apart[:5])) < 1e-3  # rounding grows from step to step
+    losses, weights = re.search(r"all 120 steps differ by at most (\S+) .* weights by at most (\S+) ", output).groups()
+    assert float(losses) < 1e-2  # rounding grows from step to step
+    assert float(weights) < 1e-2
     assert "pip install" not in machine.run("cd /root/checkout; make --dry-run demo")
     assert machine.run("/root/checkout/.venv/bin/distributed-trainer --version").startswith("distributed-trainer ")
