@@ -169,7 +169,7 @@ def test_no_rank_is_left(folder, number):
         while len(list(folder.glob("*.pid"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(timeout=20) != 0
+        assert process.wait(timeout=20) == (130 if number == signal.SIGINT else -number)
     pids = [int(path.stem) for path in folder.glob("*.pid")]
     assert len(pids) == 2
     while any(map(is_alive, pids)):
@@ -245,6 +245,7 @@ def test_more_options_for_mpirun(folder):
         (["--stall-timeout", "5s", "train.py"], 2, "a number of seconds above 0, not '5s'"),
         (["-x", "FLAVOUR", "train.py"], 2, "-x FLAVOUR: no such variable is set. Set it, or write -x FLAVOUR=VALUE."),
         (["--hostfile", "hosts.txt", "train.py"], 2, "there is no hostfile hosts.txt in /"),
+        (["--hostfile", "", "train.py"], 2, "--hostfile is followed by an empty name"),
     ],
 )
 def test_what_is_refused(folder, arguments, exit_code, message):

@@ -34,6 +34,8 @@ def read_hostfile(path: str | Path) -> list[Host]:
         OSError: The file cannot be read.
         ValueError: A line has another form, or only some of the hosts have slots.
     """
+    if not str(path):
+        raise ValueError("--hostfile is followed by an empty name: name the file, or leave the option out")
     path = Path(path)
     try:
         lines = path.read_text(errors="replace").splitlines()

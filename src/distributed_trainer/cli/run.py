@@ -156,7 +156,7 @@ def main(options: argparse.Namespace) -> int:
     if options.restarts is None:
         options.restarts = _ELASTIC_RESTARTS if options.elastic else 0
     if options.restarts:
-        variables[job_record.VARIABLE] = str(supervisor.record_path(has_hosts=bool(options.hostfile)))
+        variables[job_record.VARIABLE] = str(supervisor.record_path(has_hosts=options.hostfile is not None))
     script = None if options.is_module else options.script
     words = [*(["-m"] if options.is_module else []), options.script, *options.arguments]
     wrapper = redirection(options.log_dir, "rank-${OMPI_COMM_WORLD_RANK:-$PMI_RANK}")
@@ -233,7 +233,7 @@ def make_plan(
     forwarded = select_variables({**os.environ, **variables}, options.export)
     num_ranks, hosts, request = options.num_ranks, None, None
     warnings: list[str] = []
-    if options.hostfile:
+    if options.hostfile is not None:
         request = _request(mpi, program, words, script, forwarded)
         hosts, settings, warnings = _prepare_hosts(options, request, is_elastic)
     elif is_in_allocation():

@@ -84,8 +84,9 @@ def supervise(
 def run_mpirun(command: Sequence[str], environment: Mapping[str, str], is_verbose: bool) -> tuple[int, bool]:
     """Run mpirun; return its exit code, and whether a signal told it to end.
 
-    mpirun has this process's stdin, stdout and process group. It gets the signals that are sent to this process alone,
-    and ends if this process is killed.
+    If it fails after such a signal, the code is that of a shell: 143 after SIGTERM, 130 after SIGINT. mpirun has this
+    process's stdin, stdout and process group. It gets the signals that are sent to this process alone, and ends if this
+    process is killed.
 
     Args:
         command: mpirun's command line.
@@ -105,7 +106,7 @@ def run_mpirun(command: Sequence[str], environment: Mapping[str, str], is_verbos
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
-    was_told_to_end = False
+    ending_signal = 0
     try:
         stderr = subprocess.PIPE if is_filtered else None
         process = subprocess.Popen(command, env=dict(environment), stderr=stderr, preexec_fn=prepare)
@@ -113,14 +114,16 @@ def run_mpirun(command: Sequence[str], environment: Mapping[str, str], is_verbos
             while process.poll() is None:
                 info = signal.sigwaitinfo(awaited)
                 if info.si_signo != signal.SIGCHLD:
-                    was_told_to_end = was_told_to_end or info.si_signo in _ENDING
+                    ending_signal = info.si_signo if info.si_signo in _ENDING else ending_signal
                     # A terminal's signal has reached mpirun already, and a second Ctrl-C makes MPICH kill at once.
                     if info.si_code <= 0:
                         process.send_signal(info.si_signo)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
     code = process.returncode
-    return code if code >= 0 else _BY_SIGNAL - code, was_told_to_end
+    if code and ending_signal:
+        return _BY_SIGNAL + ending_signal, True
+    return code if code >= 0 else _BY_SIGNAL - code, ending_signal != 0
 
 
 @contextlib.contextmanager
