@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,7 @@ class Victim:
         """Make training, evaluation and `close` call `passes` and `holds` at the places inside them."""
         from distributed_trainer.checkpoint import checkpointer
         from distributed_trainer.gradients import layout, reducer
-        from distributed_trainer.replica import replica
+        from distributed_trainer.replica import divergence, replica
         from distributed_trainer.trainer import evaluation
 
         model[4].register_forward_pre_hook(lambda *_: self.passes("forward"))
@@ -148,6 +149,7 @@ class Victim:
         optimizer.register_step_post_hook(lambda *_: self.passes("updated"))
         layout.BUCKET_BYTES = 4096
         sum_numbers, commit = reducer.GradientReducer._sum, replica.Replica._commit
+        compare = divergence.DivergenceCheck.check
 
         def sum_watched(self_, values, dtype):
             self.passes("sum")
@@ -159,7 +161,14 @@ class Victim:
             self.passes("commit")
             commit(self_, committed)
 
+        def compare_watched(self_, step):
+            if (self.step, "compare") in self._places:
+                time.sleep(0.5)  # until the other ranks compare their weights, or have passed
+                self.passes("compare")
+            compare(self_, step)
+
         reducer.GradientReducer._sum, replica.Replica._commit = sum_watched, commit_watched
+        divergence.DivergenceCheck.check = compare_watched
         evaluation.gather_objects = self._held(evaluation.gather_objects, "held-in-evaluate")
         checkpointer.gather_bytes = self._held(checkpointer.gather_bytes, "held-in-close")
 

@@ -150,6 +150,12 @@ def check_alike(result, kind):
             *([(1, "(after step 3|repeating step 4)")], 1),
             id="one-has-passed-batchnorm",
         ),
+        # Survivors have passed the commit point, and notice the death where step 2 compares the weights.
+        pytest.param(
+            *("whole", 3, 0, ["1:2:compare"]),
+            *([(1, "after step 2")], 1),
+            id="in-comparison",
+        ),
         # One survivor has the result of evaluate and the other has not.
         pytest.param(
             *("loader", 3, 0, ["5:2:evaluated", "5:0:held-in-evaluate"]),

@@ -108,7 +108,7 @@ class Replica:
         self.model = model
         self._device, self._options, self._progress = device, options, progress
         self.buffers_synced = True
-        self._loss: Any = None  # result of the criterion, while `finish` runs
+        self._loss: Any = None  # result of the criterion, from `finish` to `update`
         self._nonfinite_name: str | None = None
         self._is_one_of_many = self._group.size() > 1
         self._num_graphs = 0  # backwards of this step whose loss had a graph
@@ -407,7 +407,7 @@ class Replica:
         self._check_findings(*findings)
         self._commit((sums, self._reducer.unused))
         self._buffers.share(source, changes, has_samples)
-        self.buffers_synced, self._loss = True, None
+        self.buffers_synced = True
         self._find_nonfinite()
         return sums, loss
 
@@ -532,9 +532,11 @@ class Replica:
             MismatchError: The weights of some ranks differ. The same on every rank.
         """
         progress = self._progress
-        progress.num_steps += 1
         if not is_alone:
-            self.divergence.check(progress.num_steps)
+            self.divergence.check(progress.num_steps + 1)
+        # Not before: if a rank is killed meanwhile, recovery makes the update that is not counted yet.
+        progress.num_steps += 1
+        self._loss = None
         if self._nonfinite_name is not None:
             self._report_nonfinite()
             return False
