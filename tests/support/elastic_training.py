@@ -44,6 +44,12 @@ class Kind:
     of_step: dict[str, Any] = field(default_factory=dict)
 
 
+def adam_and_sgd(parameters, lr):
+    """Return an optimizer for the first layer and one for the others."""
+    first, second, *others = parameters
+    return [torch.optim.Adam([first, second], lr), torch.optim.SGD(others, lr, momentum=0.9)]
+
+
 KINDS = {
     "whole": Kind(has_nonfinite_step=True, options={"nonfinite_gradients": "raise"}),
     "batchnorm": Kind(torch.optim.SGD, True, has_nonfinite_step=True, options={"nonfinite_gradients": "skip"}),
@@ -52,6 +58,7 @@ KINDS = {
     "reproducible": Kind(dropout=0.3, options={"reproducible": 8}),
     "microbatches": Kind(of_step={"microbatches": 2}),
     "auto": Kind(of_step={"microbatches": "auto"}),
+    "two-optimizers": Kind(adam_and_sgd, has_nonfinite_step=True, options={"nonfinite_gradients": "skip"}),
 }
 
 
@@ -103,13 +110,14 @@ def plain(kind: Kind) -> tuple[list[float], nn.Module, float]:
             model.eval()
             accuracy = (model(inputs).argmax(1) == targets).float().mean().item()
             model.train()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = CRITERION(model(inputs[batch]), targets[batch])
         if kind.has_nonfinite_step and step == NONFINITE_STEP:
             losses.append(math.inf)
             continue
         loss.backward()
-        optimizer.step()
+        for one in optimizer if isinstance(optimizer, list) else [optimizer]:
+            one.step()
         losses.append(loss.item())
     return losses, model, accuracy
 
@@ -136,7 +144,7 @@ class Victim:
             assert job.start(None, None).engine.has_lost_rank(30.0), "no rank was killed"
             raise DistributedTrainerError("held")
 
-    def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def watch(self, model: nn.Module, optimizer: Any) -> None:
         """Make training, evaluation and `close` call `passes` and `holds` at the places inside them."""
         from distributed_trainer.checkpoint import checkpointer
         from distributed_trainer.gradients import layout, reducer
@@ -145,6 +153,7 @@ class Victim:
 
         model[4].register_forward_pre_hook(lambda *_: self.passes("forward"))
         model[0].weight.register_hook(lambda _: self.passes("backward"))  # the last bucket waits for this gradient
+        optimizer = optimizer[-1] if isinstance(optimizer, list) else optimizer  # others have made their step then
         optimizer.register_step_pre_hook(lambda *_: self.passes("optimizer"))
         optimizer.register_step_post_hook(lambda *_: self.passes("updated"))
         layout.BUCKET_BYTES = 4096

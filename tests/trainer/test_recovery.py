@@ -156,6 +156,12 @@ def check_alike(result, kind):
             *([(1, "after step 2")], 1),
             id="in-comparison",
         ),
+        # A rank is killed between the steps of two optimizers, a survivor before both.
+        pytest.param(
+            *("two-optimizers", 4, 0, ["2:3:optimizer", "5:1:commit", "5:0:held"]),
+            *([(1, "(after step 3|repeating step 4)"), (1, "after step 6")], 2),
+            id="two-optimizers",
+        ),
         # One survivor has the result of evaluate and the other has not.
         pytest.param(
             *("loader", 3, 0, ["5:2:evaluated", "5:0:held-in-evaluate"]),
@@ -199,8 +205,8 @@ REPLACED = (
     + """
 from torch.utils.data import TensorDataset
 model = nn.Sequential(nn.Dropout(0.2), model, nn.BatchNorm1d(2))
-optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.9)
+optimizer = [torch.optim.AdamW(model[1].parameters(), lr=0.01), torch.optim.Adam(model[2].parameters(), lr=0.01)]
+scheduler = [torch.optim.lr_scheduler.StepLR(one, 5, 0.9) for one in optimizer]
 dataset = TensorDataset(torch.randn(24, 3), torch.arange(24) % 2)
 trainer = create_distributed_trainer(model, reproducible=3)
 sys.stderr.write(f"is_main: {trainer.is_main}\\n")  # False where it waits to take a killed one's place
@@ -214,8 +220,10 @@ for epoch in trainer.epochs(3):
         if 1 < trainer._session.first_world_size > trainer.world_size and epoch == 2:
             wait_for_process(trainer)
         losses.append(step(trainer, x, y, None, optimizer))
-        scheduler.step()
-results = trainer.world_size, losses[-1], model.state_dict(), optimizer.state_dict(), scheduler.state_dict()
+        for one in scheduler:
+            one.step()
+states = [one.state_dict() for one in [*optimizer, *scheduler]]
+results = trainer.world_size, losses[-1], model.state_dict(), states
 torch.save(results, f"{trainer.rank}.pt")
 """
 )

@@ -77,17 +77,24 @@ class Request:
 
     @classmethod
     def check(cls, folder: Any, keep: Any, objects: dict[str, Any]) -> Request:
-        """Return the request for arguments of `DistributedTrainer.save`, or raise TypeError or ValueError. Local."""
+        """Return the request for arguments of `DistributedTrainer.save`, or raise TypeError or ValueError. Local.
+
+        A list of objects becomes an object for each position: `optimizer[0]`, `optimizer[1]`.
+        """
         if not isinstance(folder, str | os.PathLike):
             raise TypeError(f"folder must be a path, not {folder!r}")
         if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
             raise ValueError(f"keep must be an int of at least 1, the number of checkpoints to leave, not {keep!r}")
+        single: dict[str, Any] = {}
         for name, value in objects.items():
             if name == MODEL:
                 raise ValueError("the model is saved by itself; leave model= out")
+            is_list = isinstance(value, list | tuple) and not is_stateful(value)
+            single |= {f"{name}[{number}]": one for number, one in enumerate(value)} if is_list else {name: value}
+        for name, value in single.items():
             if not is_stateful(value):
                 raise TypeError(f"{name} must have state_dict and load_state_dict, as optimizers do, not {value!r}")
-        return cls(Path(folder).absolute(), keep, objects)
+        return cls(Path(folder).absolute(), keep, single)
 
 
 class Checkpointer:

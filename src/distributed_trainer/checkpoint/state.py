@@ -8,6 +8,7 @@ divide the tensors in the same way because they have the same names and sizes.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +172,13 @@ class TrainingState:
         """Raise ValueError if a checkpoint is of another model, or has other objects. Local."""
         states = checkpoint.content["states"]
         saved, given = sorted(set(states) - {MODEL}), sorted(objects)
+        there, here = _lengths(saved), _lengths(given)
+        for name in there & here:
+            if there[name] != here[name]:
+                raise ValueError(
+                    f"{name} is a list of {there[name]} in {checkpoint.folder}, but a list of {here[name]} is to be "
+                    f"loaded. Pass as many objects as were saved, in the same order."
+                )
         if saved != given:
             raise ValueError(
                 f"{checkpoint.folder} holds the model and {_list(saved)}, but the model and {_list(given)} are to be "
@@ -193,15 +201,15 @@ class TrainingState:
         }
         for name in [*wanted, *found]:
             if wanted.get(name) != found.get(name):
-                here, there = (
+                found_here, found_there = (
                     f"no {name[len(prefix) :]}"
                     if name not in which
                     else "{} {} {}".format(name[len(prefix) :], *which[name])
                     for which in (wanted, found)
                 )
                 raise ValueError(
-                    f"{checkpoint.folder} is of another model: it has {there}, this model has {here}. Build the model "
-                    f"that was saved."
+                    f"{checkpoint.folder} is of another model: it has {found_there}, this model has {found_here}. "
+                    f"Build the model that was saved."
                 )
 
     def has_position_of(self, checkpoint: SavedState) -> bool:
@@ -268,6 +276,11 @@ def _random_from_json(value: Any, checkpoint: SavedState) -> rng.RngState:
         raise CheckpointError(
             f"{checkpoint.folder} has invalid random states ({error}). Take another checkpoint."
         ) from None
+
+
+def _lengths(names: list[str]) -> Counter[str]:
+    """Return the number of objects of each list among the names of saved objects (`Request.check`)."""
+    return Counter(name.rpartition("[")[0] for name in names if name.endswith("]"))
 
 
 def _list(names: list[str]) -> str:

@@ -213,28 +213,31 @@ class ShardedOptimizer:
                     f"trainer, and make another trainer and another optimizer."
                 )
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
+    def step(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Update this rank's shards, and wait until the weights hold the shards of all ranks. Collective, blocks.
 
         Call it between the commit point of a step and the next forward.
         """
-        self._attach(optimizer)
+        self._attach(optimizers)
         self._is_stepping = True
         try:
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
         finally:
             self._is_stepping = False
-        updated = [shard.block for shard in self._shards_of(optimizer) if shard and shard.own.grad is not None]
+        shards = itertools.chain.from_iterable(map(self._shards_of, optimizers))
+        updated = [shard.block for shard in shards if shard and shard.own.grad is not None]
         self._gradient_group.gather_shards(self._memory, updated).wait()
 
-    def clip(self, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    def clip(self, optimizers: Sequence[torch.optim.Optimizer], max_norm: float) -> Tensor:
         """Scale the shards' gradients so that their norm over all ranks is at most `max_norm`. Collective, blocks.
 
         Returns:
             The norm before scaling, 0-dimensional float32 or float64, the same on every rank.
         """
-        self._attach(optimizer)
-        shards = [shard.own for shard in self._shards_of(optimizer) if shard is not None]
+        self._attach(optimizers)
+        found = itertools.chain.from_iterable(map(self._shards_of, optimizers))
+        shards = [shard.own for shard in found if shard is not None]
         gradients = [own.grad for own in shards if own.grad is not None]
         own_norm = nn.utils.get_total_norm(gradients)
         square = own_norm.double().square().reshape(1)
@@ -260,21 +263,22 @@ class ShardedOptimizer:
             if shard.parameter.data_ptr() == shard.address:
                 shard.parameter.data = shard.parameter.detach().clone()
 
-    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Replace the model's parameters in an optimizer by their shards, and cut its state in the same way. Local."""
-        for group in optimizer.param_groups:
-            for position, parameter in enumerate(group["params"]):
-                shard = self._by_id.get(id(parameter))
-                if shard is None or parameter is shard.own:
-                    continue
-                group["params"][position] = shard.own
-                if parameter in optimizer.state:
-                    optimizer.state[shard.own] = shard.cut(optimizer.state.pop(parameter))
-        if optimizer not in self._attached:
-            self._attached.add(optimizer)
-            optimizer.register_step_pre_hook(self._before_step)
-            optimizer.register_state_dict_post_hook(self._gather_state)
-            optimizer.register_load_state_dict_pre_hook(self._cut_state)
+    def _attach(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Replace the model's parameters in optimizers by their shards, and cut their state in the same way. Local."""
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for position, parameter in enumerate(group["params"]):
+                    shard = self._by_id.get(id(parameter))
+                    if shard is None or parameter is shard.own:
+                        continue
+                    group["params"][position] = shard.own
+                    if parameter in optimizer.state:
+                        optimizer.state[shard.own] = shard.cut(optimizer.state.pop(parameter))
+            if optimizer not in self._attached:
+                self._attached.add(optimizer)
+                optimizer.register_step_pre_hook(self._before_step)
+                optimizer.register_state_dict_post_hook(self._gather_state)
+                optimizer.register_load_state_dict_pre_hook(self._cut_state)
 
     def _shards_of(self, optimizer: torch.optim.Optimizer) -> list[_Shard | None]:
         """Return the shards in the optimizer's order of parameters; None for a parameter that is not attached yet."""

@@ -509,23 +509,23 @@ class Replica:
 
     def update(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         clip_norm: float | None,
         closure: Callable[[], Any] | None = None,
         is_alone: bool = False,
     ) -> bool:
-        """Let the optimizer step, unless gradients that must be finite are not.
+        """Let the optimizers step, unless gradients that must be finite are not.
 
         Collective with a sharded optimizer, and in the steps that compare the ranks' weights.
 
         Args:
-            optimizer: The user's optimizer.
+            optimizers: The user's optimizers.
             clip_norm: Largest norm of the gradients, as in `DistributedTrainer.train_step`; None for no clipping.
-            closure: Argument of the optimizer's `step`, as in `DistributedTrainer.step`.
+            closure: Argument of an only optimizer's `step`, as in `DistributedTrainer.step`.
             is_alone: Ranks were killed, so the check for divergence, which is collective, is left out.
 
         Returns:
-            Whether the optimizer has made a step.
+            Whether the optimizers have made a step.
 
         Raises:
             FloatingPointError: Gradients are not finite, with `nonfinite_gradients="raise"`. The same on every rank.
@@ -542,14 +542,16 @@ class Replica:
             return False
         if self._sharded is not None:
             if clip_norm is not None:
-                progress.gradient_norm = self._sharded.clip(optimizer, clip_norm)
-            self._sharded.step(optimizer)
+                progress.gradient_norm = self._sharded.clip(optimizers, clip_norm)
+            self._sharded.step(optimizers)
         else:
             if clip_norm is not None:
-                parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                groups = itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+                parameters = [parameter for group in groups for parameter in group["params"]]
                 progress.gradient_norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
             with self._around_optimizer():
-                optimizer.step() if closure is None else optimizer.step(closure)  # not every step() takes a closure
+                for optimizer in optimizers:
+                    optimizer.step() if closure is None else optimizer.step(closure)  # not every step() takes a closure
         return True
 
     @contextlib.contextmanager
@@ -566,7 +568,31 @@ class Replica:
         """Make `state_dict()` of any optimizer local in the block, with a `Part` in place of each sharded tensor."""
         return contextlib.nullcontext() if self._sharded is None else self._sharded.parts()
 
-    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> list[int]:
+    def check_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> list[list[int]]:
+        """Raise ValueError for optimizers that do not fit the options, the model or each other. Local.
+
+        Args:
+            optimizers: The user's optimizers of a step.
+
+        Returns:
+            For each, ids of the model's parameters that it updates.
+        """
+        ids = [self._check_optimizer(optimizer) for optimizer in optimizers]
+        if len(ids) > 1:
+            seen: set[int] = set()
+            for number, own in enumerate(ids):
+                if not seen.isdisjoint(own):
+                    shared = seen.intersection(own)
+                    named = self.model.named_parameters()
+                    name = next((name for name, parameter in named if id(parameter) in shared), "a parameter")
+                    raise ValueError(
+                        f"{name} is a parameter of optimizer[{number}] and of one before it in the list, so both would "
+                        f"update it. Give each parameter to one optimizer."
+                    )
+                seen.update(own)
+        return ids
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> list[int]:
         """Raise ValueError for an optimizer that does not fit the options or the model. Local.
 
         A known optimizer is checked again if it, or the model, has other parameters.

@@ -187,11 +187,11 @@ class ManualLoop:
     def step(
         self,
         session: Session,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         closure: Callable[[], Any] | None,
         clip_norm: float | None,
     ) -> bool:
-        """Make the optimizer's step; return whether it was made. Collective.
+        """Make the optimizers' step; return whether it was made. Collective.
 
         Arguments and errors are those of `DistributedTrainer.step`.
         """
@@ -202,10 +202,12 @@ class ManualLoop:
             )
         if closure is not None and (clip_norm is not None or self._options.shards_optimizer):
             raise ValueError('a closure does not go with clip_norm or shard="optimizer": clip inside of the closure')
+        if closure is not None and len(optimizers) > 1:
+            raise ValueError("a closure goes with one optimizer, not with several: call step for each of them")
         if (text := session.replica.leaves.unsummed()) is not None:
             raise ValueError(text)
         with _recorded(session, "optimizer"):
-            return session.replica.update(optimizer, clip_norm, closure)
+            return session.replica.update(optimizers, clip_norm, closure)
 
     def _exchange(
         self, session: Session, loss: Tensor, weight: float | None, refusal: str | None, other_flags: int

@@ -43,6 +43,9 @@ from .session import Session
 from .step import TrainStep, check_arguments
 from .usage_warnings import UsageWarnings
 
+Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer] | tuple[torch.optim.Optimizer, ...]
+"""The optimizers of a step."""
+
 
 class DistributedTrainer:
     """Train a model on all ranks of a job. Made by `create_distributed_trainer`; do not call the class.
@@ -150,7 +153,7 @@ class DistributedTrainer:
         inputs: Any,
         targets: Any,
         criterion: Callable[..., Any],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         *,
         microbatches: int | Literal["auto"] = 1,
         weight: Callable[[Any], Any] | float | None = None,
@@ -199,9 +202,11 @@ class DistributedTrainer:
             optimizer: Optimizer of the model's parameters, or of some of them. Make it once, before the loop: a new one
                 has lost its state. With `shard="optimizer"`, `optimizer.param_groups` hold this rank's flat part of
                 each parameter from the first step on. Every rank must then call `optimizer.state_dict()`, which returns
-                the whole state in the form of an ordinary optimizer; `load_state_dict()` takes this form. TypeError if
-                it is not a torch.optim.Optimizer. ValueError if it has parameters that are not, or no longer, the
-                model's, does not work with `shard`, or needs a closure (LBFGS).
+                the whole state in the form of an ordinary optimizer; `load_state_dict()` takes this form. A list or
+                tuple of optimizers, such as `[muon, adamw]`, makes one step of all: each steps in its turn, or none
+                does. TypeError if it is neither a torch.optim.Optimizer nor a list or tuple of at least one. ValueError
+                if an optimizer has parameters that are not, or no longer, the model's, or that another one of the list
+                has, does not work with `shard`, or needs a closure (LBFGS).
             microbatches: Number of pieces in which the batch is computed, one after the other, to need less memory; an
                 int of at least 1, the same on every rank. The default, 1, computes this rank's part at once. The loss
                 is exact for pieces of any size. BatchNorm uses the statistics of each piece over all ranks, as one
@@ -214,9 +219,10 @@ class DistributedTrainer:
                 None, takes the mean that the criterion defines. ValueError for a number elsewhere, for a weight that is
                 negative or not finite, if all weights are 0, for a criterion with reduction "sum", and for None if the
                 mean is over samples and their number is not known.
-            clip_norm: Upper limit of the gradients' 2-norm over all parameters of the optimizer, above 0; larger
-                gradients are scaled down to it. `trainer.gradient_norm` is then the norm before clipping. The default,
-                None, does not clip. ValueError if it is 0 or less, TypeError if it is not a number.
+            clip_norm: Upper limit of the gradients' 2-norm over all parameters of the optimizer, or of all optimizers
+                of a list together, above 0; larger gradients are scaled down to it. `trainer.gradient_norm` is then the
+                norm before clipping. The default, None, does not clip. ValueError if it is 0 or less, TypeError if it
+                is not a number.
 
         Returns:
             The loss of the global batch, 0-dimensional and detached, with the same bits on every rank. If the criterion
@@ -251,7 +257,7 @@ class DistributedTrainer:
         if weight is not None:
             criterion = Weighted(criterion, weight)
         self._session.replica.notice_changes()
-        ids = self._check_optimizer(optimizer, has_closure=False)
+        optimizers, ids = self._check_optimizers(optimizer, has_closure=False)
         if self.is_main and self.world_size > 1:
             self._warnings.about_criterion(criterion)
         clock, is_whole = self._clock, self._takes_whole_batches(inputs, targets)
@@ -266,19 +272,21 @@ class DistributedTrainer:
             return run(microbatches) if isinstance(microbatches, int) else session.auto_microbatch.run(run)
 
         def update(session: Session, is_alone: bool) -> None:
-            session.replica.update(optimizer, clip_norm, is_alone=is_alone)
+            session.replica.update(optimizers, clip_norm, is_alone=is_alone)
 
         (*totals, num_logging), loss = self._recovery.run(StepAttempt(inputs, targets, compute, update))
         clock.mark(OPTIMIZER)
+        rates = [one.param_groups[0].get("lr") for one in optimizers]
         figures = {
-            "learning_rate": optimizer.param_groups[0].get("lr"),
+            "learning_rate": rates[0],
+            **{f"learning_rate_{number}": rate for number, rate in enumerate(rates[1:], 1)},
             "gradient_norm": None if clip_norm is None else self.gradient_norm,
         }
         session, num_steps, num_samples = self._session, self._progress.num_steps, self._step.num_samples
         times = clock.end(num_samples)
         measured = sum(totals), num_samples, *times, figures
         self._reporter.record_step(session.groups.steps, num_steps, *measured, is_logged=num_logging > 0)
-        self._warnings.remember_step(optimizer, ids)
+        self._warnings.remember_step(optimizers, ids)
         remaining = iter(totals)
         return map_tensors(lambda term: torch.tensor(next(remaining), dtype=term.dtype, device=term.device), loss)
 
@@ -438,7 +446,7 @@ class DistributedTrainer:
     @records_call
     def step(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         closure: Callable[[], Any] | None = None,
         *,
         clip_norm: float | None = None,
@@ -458,14 +466,15 @@ class DistributedTrainer:
         `nonfinite_gradients` has no effect on them.
 
         Args:
-            optimizer: Optimizer of the model's parameters, or of some of them. TypeError if it is not a
-                torch.optim.Optimizer; ValueError if it has parameters that are not the model's, or does not work with
-                `shard`.
+            optimizer: Optimizer of the model's parameters, or of some of them; or a list or tuple of optimizers, as in
+                `train_step`. TypeError and ValueError are those of `train_step`, but one that needs a closure may have
+                one.
             closure: Function for optimizers that need one (LBFGS): it clears the gradients, calls `backward` and
-                returns the result. The default, None, calls `optimizer.step()` without one. ValueError with `clip_norm`
-                or `shard`.
-            clip_norm: Upper limit of the gradients' 2-norm over all parameters of the optimizer, above 0. The default,
-                None, does not clip. ValueError if it is 0 or less, TypeError if it is not a number.
+                returns the result. The default, None, calls `optimizer.step()` without one. ValueError with several
+                optimizers, `clip_norm` or `shard`.
+            clip_norm: Upper limit of the gradients' 2-norm over all parameters of the optimizer, or of all optimizers
+                of a list together, above 0. The default, None, does not clip. ValueError if it is 0 or less, TypeError
+                if it is not a number.
 
         Returns:
             The gradients' 2-norm before clipping, a 0-dimensional tensor, the same on every rank. None without
@@ -479,10 +488,10 @@ class DistributedTrainer:
             MismatchError: The ranks' weights differ. The same on every rank.
         """
         self._check_open(is_use=True)
-        ids = self._check_optimizer(optimizer)
+        optimizers, ids = self._check_optimizers(optimizer)
         session = self._session
-        has_changed = self._manual_loop.step(session, optimizer, closure, clip_norm)
-        self._warnings.remember_step(optimizer, ids)
+        has_changed = self._manual_loop.step(session, optimizers, closure, clip_norm)
+        self._warnings.remember_step(optimizers, ids)
         return self.gradient_norm if has_changed and clip_norm is not None else None
 
     def split(self, batch: Any) -> Any:
@@ -769,9 +778,9 @@ class DistributedTrainer:
                 2. ValueError if it is not an int of at least 1.
             objects: Objects to save by name, besides the model, the random states, the number of steps and the
                 positions of `trainer.loader`s: optimizers, schedulers, GradScalers, anything with `state_dict` and
-                `load_state_dict`. If an object is not an optimizer that this trainer has used, the state on the calling
-                rank is saved (on the lowest one, if several ranks call). TypeError for objects without these methods,
-                ValueError for the name `model`.
+                `load_state_dict`, and lists or tuples of such objects, saved by position. If an object is not an
+                optimizer that this trainer has used, the state on the calling rank is saved (on the lowest one, if
+                several ranks call). TypeError for objects without these methods, ValueError for the name `model`.
 
         Raises:
             TypeError, ValueError: An argument is not as described above, or the trainer is closed.
@@ -791,8 +800,8 @@ class DistributedTrainer:
         Args:
             folder: Path of the checkpoint, or of the folder that was passed to `save`; the latter means its newest
                 checkpoint. TypeError if it is not a path.
-            objects: Objects to load by name: all names that `save` was given, and no others. TypeError for objects
-                without `state_dict` and `load_state_dict`, ValueError for the name `model`.
+            objects: Objects to load by name: all names that `save` was given, and no others; lists of the same lengths.
+                TypeError for objects without `state_dict` and `load_state_dict`, ValueError for the name `model`.
 
         Returns:
             The number of steps that were made before the checkpoint.
@@ -805,7 +814,7 @@ class DistributedTrainer:
         """
         self._check_open(is_use=True)
         request = Request.check(folder, 1, objects)
-        return reader.load(request.folder, objects, self._state, self._session.groups.steps)
+        return reader.load(request.folder, request.objects, self._state, self._session.groups.steps)
 
     @records_call
     def resume(self, folder: str | os.PathLike[str], *, keep: int = 2, **objects: Any) -> int | None:
@@ -827,8 +836,9 @@ class DistributedTrainer:
             folder: Path of the folder that was passed to `save`. TypeError if it is not a path.
             keep: Number of checkpoints that stay in the folder after a save that the signal asks for, the newest ones.
                 The default is 2. ValueError if it is not an int of at least 1.
-            objects: Objects to load by name: all names that `save` was given, and no others; the signal saves them,
-                too. TypeError for objects without `state_dict` and `load_state_dict`, ValueError for the name `model`.
+            objects: Objects to load by name: all names that `save` was given, and no others; lists of the same lengths.
+                The signal saves them, too. TypeError for objects without `state_dict` and `load_state_dict`, ValueError
+                for the name `model`.
 
         Returns:
             The number of steps that were made before the checkpoint; None if there is no checkpoint.
@@ -841,11 +851,11 @@ class DistributedTrainer:
         """
         self._check_open()
         request = Request.check(folder, keep, objects)
-        self._recovery.allow_replacement(objects)
+        self._recovery.allow_replacement(request.objects)
         if isinstance(self._recovery, ElasticRecovery) and self._recovery.is_waiting:
-            step: int | None = self._recovery.take_place(objects)
+            step: int | None = self._recovery.take_place(request.objects)
         else:
-            step = reader.resume(request.folder, objects, self._state, self._session.groups.steps)
+            step = reader.resume(request.folder, request.objects, self._state, self._session.groups.steps)
         self._checkpointer.save_on_signal(request)
         return step
 
@@ -902,7 +912,8 @@ class DistributedTrainer:
         Only rank 0's writers get figures: it makes no difference whether other ranks call it, too. Each `train_step`
         that is logged ends with a small exchange between the ranks. Several calls add several writers.
 
-        The figures are: loss, learning_rate (of the optimizer's first group), gradient_norm (with `clip_norm`),
+        The figures are: loss, learning_rate (of the optimizer's first group; with a list of optimizers that of the
+        first, and learning_rate_1, learning_rate_2 and so on of the others), gradient_norm (with `clip_norm`),
         samples_per_second, share_waited (share of the step's time, 0 to 1, that rank 0 waited for other ranks and the
         exchange) and slowest_rank (the rank whose own work took longest).
 
@@ -1085,17 +1096,29 @@ class DistributedTrainer:
         if is_use:
             self._warnings.is_used = True
 
-    def _check_optimizer(self, optimizer: Any, has_closure: bool = True) -> list[int]:
-        """Return the ids of the model's parameters that an optimizer updates, or raise an error. Local."""
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-        ids = self._session.replica.check_optimizer(optimizer)
-        if not self._warnings.knows(optimizer):
-            if not has_closure:
-                self._warnings.check_closure(optimizer)
-            self._state.register_optimizer(optimizer)
-            self._warnings.about_optimizer(optimizer, ids, is_loud=self.is_main)
-        return ids
+    def _check_optimizers(
+        self, optimizer: Any, has_closure: bool = True
+    ) -> tuple[tuple[torch.optim.Optimizer, ...], list[list[int]]]:
+        """Return the optimizers of a step, and the ids of the model's parameters that each updates. Local.
+
+        Raises:
+            TypeError, ValueError: They are not as `train_step` describes them.
+        """
+        optimizers = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+        if not optimizers:
+            raise TypeError("optimizer must be a torch.optim.Optimizer, or a list of at least one, not an empty list")
+        for one in optimizers:
+            if not isinstance(one, torch.optim.Optimizer):
+                where = "" if one is optimizer else "each optimizer of the list "
+                raise TypeError(f"{where or 'optimizer '}must be a torch.optim.Optimizer, not {type(one).__name__}")
+        ids = self._session.replica.check_optimizers(optimizers)
+        for one, own_ids in zip(optimizers, ids, strict=True):
+            if not self._warnings.knows(one):
+                if not has_closure:
+                    self._warnings.check_closure(one)
+                self._state.register_optimizer(one)
+                self._warnings.about_optimizer(one, own_ids, is_loud=self.is_main)
+        return optimizers, ids
 
 
 def _of(loader: Iterable[Any]) -> Iterable[Any]:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ class UsageWarnings:
     def __init__(self) -> None:
         self._criteria: set[str] = set()
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._last: tuple[weakref.ref[torch.optim.Optimizer], list[int], bool] | None = None
+        self._last: list[tuple[weakref.ref[torch.optim.Optimizer], list[int], bool]] = []  # optimizers of the last step
         self._warned_new_optimizer = False
         self._finalizers: list[weakref.finalize[[], Any]] = []
         self.is_used = False  # whether the script has called the trainer for more than loaders and parts of batches
@@ -107,8 +107,7 @@ class UsageWarnings:
             ids: Ids of its parameters.
             is_loud: Whether this rank warns.
         """
-        if self._last is not None and not self._warned_new_optimizer and is_loud:
-            last, last_ids, had_state = self._last
+        for last, last_ids, had_state in self._last if is_loud and not self._warned_new_optimizer else ():
             if last() is not optimizer and had_state and ids == last_ids and not optimizer.state:
                 self._warned_new_optimizer = True
                 logger.warning(
@@ -129,7 +128,8 @@ class UsageWarnings:
                 f"own: a closure that calls trainer.backward, and trainer.step(optimizer, closure)."
             )
 
-    def remember_step(self, optimizer: torch.optim.Optimizer, ids: list[int]) -> None:
-        """Remember that an optimizer has made a step; `ids` are the ids of its parameters. Local."""
-        if self._last is None or self._last[0]() is not optimizer:
-            self._last = weakref.ref(optimizer), ids, bool(optimizer.state)
+    def remember_step(self, optimizers: Sequence[torch.optim.Optimizer], ids: list[list[int]]) -> None:
+        """Remember that optimizers have made a step; `ids` are the ids of the parameters of each. Local."""
+        if [last() for last, *_ in self._last] != list(optimizers):
+            both = zip(optimizers, ids, strict=True)
+            self._last = [(weakref.ref(optimizer), own, bool(optimizer.state)) for optimizer, own in both]
