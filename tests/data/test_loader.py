@@ -3,6 +3,7 @@
 
 import functools
 import itertools
+import os
 import random
 
 import numpy as np
@@ -12,7 +13,8 @@ from one_process import accumulated_step, assert_same
 from ranks import mixed_and_four, on_ranks, one_node, same_message
 from small_models import F64, Net, NormNet, Squares, batch, sgd
 from torch import nn
-from torch.utils.data import IterableDataset, TensorDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data.distributed import DistributedSampler
 
 from distributed_trainer import RankLostError, create_distributed_trainer
 from distributed_trainer.data.loader import ShardedDataLoader
@@ -180,9 +182,9 @@ def test_left_early():
     """After an iteration that ended early, the next iteration is a new epoch."""
     loader = ShardedDataLoader(Squares(17), 5, part_of(0, 1), 7)
     next(iter(loader))
-    assert loader.state_dict() == {"epoch": 0, "num_read": 1, "seed": 7}
+    assert loader.state_dict() == {"epoch": 0, "num_read": 1, "seed": 7, "checksum": 5}
     assert len(list(loader)) == 4
-    assert loader.state_dict() == {"epoch": 2, "num_read": 0, "seed": 7}
+    assert loader.state_dict() == {"epoch": 2, "num_read": 0, "seed": 7, "checksum": 0}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -197,13 +199,24 @@ def test_iterable(num_workers):
 def test_wrong_arguments():
     for options, text in [
         ({"batch_size": 0}, "batch_size, .* must be an int of at least 1, not 0"),
-        ({"sampler": range(3)}, "sampler cannot be used with trainer.loader"),
-        ({"batch_sampler": [[0]]}, "batch_sampler cannot be used with"),
+        ({"batch_size": None}, "batch_size, .* must be an int of at least 1, not None"),
+        ({"sampler": range(3), "shuffle": True}, "the sampler decides the order: pass no shuffle"),
+        ({"batch_sampler": [[0]]}, "pass no batch_size, shuffle, sampler or drop_last"),
+        ({"batch_size": None, "batch_sampler": [[0]], "drop_last": True}, "pass no batch_size, shuffle, sampler"),
+        ({"sampler": DistributedSampler(range(3), 2, 0)}, "DistributedSampler gives each rank its own samples"),
+        (
+            {"batch_size": 1, "batch_sampler": BatchSampler(DistributedSampler(range(3), 2, 0), 2, False)},
+            "leave the sampler out, and pass shuffle=True or False",
+        ),
+        ({"in_order": False}, "in_order=False would give each rank its parts of the batches in another order"),
     ]:
         with pytest.raises(ValueError, match=text):
             ShardedDataLoader(Squares(10), **{"batch_size": 5, "split": part_of(0, 1), "seed": 7, **options})
-    with pytest.raises(ValueError, match="shuffle=True needs a dataset with an index"):
-        ShardedDataLoader(Stream(10), 5, part_of(0, 1), 7, shuffle=True)
+    for options in ({"shuffle": True}, {"sampler": range(3)}, {"batch_size": None, "batch_sampler": [[0]]}):
+        with pytest.raises(ValueError, match="shuffle=True, sampler and batch_sampler need a dataset with an index"):
+            ShardedDataLoader(Stream(10), **{"batch_size": 5, "split": part_of(0, 1), "seed": 7, **options})
+    with pytest.raises(TypeError, match="which a generator does not allow: pass a list or a torch"):
+        ShardedDataLoader(Squares(10), 5, part_of(0, 1), 7, sampler=(index for index in range(3)))
     with pytest.raises(ValueError, match="num_workers=1"):
         ShardedDataLoader(Stream(10), 5, part_of(0, 1), 7, num_workers=2)
 
@@ -342,3 +355,73 @@ def test_read_again_with_lists():
     assert inputs["scale"] == 2.0
     with pytest.raises(RankLostError, match=r"are not the same objects that trainer.loader returned"):
         positions.read_again(x.clone(), x)
+
+
+class Faulty(Squares):
+    """Dataset of which two samples cannot be read."""
+
+    def __getitem__(self, index):
+        if index in (4, 9):
+            raise OSError(f"sample {index} is broken")
+        return index
+
+
+def read_on(loader):
+    """Return the batches, and the exceptions in their place, until the loader has ended."""
+    found, batches = [], iter(loader)
+    while True:
+        try:
+            found.append(next(batches).tolist())
+        except StopIteration:
+            assert next(batches, None) is None
+            return found
+        except OSError as error:
+            found.append(str(error).splitlines()[-1].rpartition(": ")[-1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_continues_after_an_exception(num_workers):
+    """As with torch, a batch that cannot be read raises, and the next one follows."""
+    loader = ShardedDataLoader(Faulty(12), 3, part_of(0, 1), 7, num_workers=num_workers)
+    expected = read_on(DataLoader(Faulty(12), 3, num_workers=num_workers))
+    assert read_on(loader) == expected == [[0, 1, 2], "sample 4 is broken", [6, 7, 8], "sample 9 is broken"]
+    assert loader.state_dict()["epoch"] == 1
+
+
+class Moved(torch.utils.data.Dataset):
+    """Dataset whose samples are moved by `offset`, and say which process has read them."""
+
+    offset = 0
+
+    def __len__(self):
+        return 14
+
+    def __getitem__(self, index):
+        return index + self.offset, os.getpid()
+
+
+def move(worker):
+    get_worker_info().dataset.offset = 100 * (worker + 1)
+
+
+def doubled(samples):
+    return {"x": torch.tensor([2 * x for x, _ in samples])}, torch.tensor([pid for _, pid in samples])
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_options_of_torch(method):
+    """Workers that stay, their start, prefetching, `drop_last` and `collate_fn` are torch's."""
+    options = {"num_workers": 2, "persistent_workers": True, "prefetch_factor": 1, "worker_init_fn": move}
+    options |= {"drop_last": True, "collate_fn": doubled, "multiprocessing_context": method, "timeout": 60}
+    plain = DataLoader(Moved(), 4, **options)
+    loaders = [ShardedDataLoader(Moved(), 4, part_of(rank, 3), 7, **options) for rank in range(3)]
+    workers = [set() for _ in loaders]
+    for _ in range(2):
+        parts = list(zip(*loaders, strict=True))
+        found = [torch.cat([x["x"] for x, _ in batch]).tolist() for batch in parts]
+        assert found == [x["x"].tolist() for x, _ in plain]
+        assert sorted(map(len, found)) == [4, 4, 4]
+        for batch in parts:
+            for pids, (_, own) in zip(workers, batch, strict=True):
+                pids.update(own.tolist())
+    assert [len(pids) for pids in workers] == [2, 2, 2]

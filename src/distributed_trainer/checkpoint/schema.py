@@ -66,7 +66,9 @@ def check_own(own: Any) -> None:
     require(isinstance(position["loaders"], list), "position")
     for loader in position["loaders"]:
         if loader is not None:
-            require(isinstance(loader, dict) and set(loader) == {"epoch", "num_read", "seed"}, "position")
+            require(isinstance(loader, dict), "position")
+            keys = {"epoch", "num_read", "seed"}
+            require(keys <= set(loader) <= keys | {"checksum", "num_ranks"}, "position")
             for number in loader.values():
                 require_count(number, "position")
     require(isinstance(own["random_states"], list), "random_states")

@@ -24,9 +24,9 @@ from .split import own_shards, part_bounds, shard_part
 
 _Result = TypeVar("_Result")
 
-_PART_HEADER = struct.Struct("<ddQB")  # sent where ranks have parts: number of samples, weight, place, flags
+_PART_HEADER = struct.Struct("<dd12sB")  # sent where ranks have parts: number of samples, weight, place, flags
 
-_COUNT_HEADER = struct.Struct("<qB")  # sent where ranks have shards: number of samples, flags
+_COUNT_HEADER = struct.Struct("<q12sB")  # sent where ranks have shards: number of samples, place, flags
 
 
 class StepFlags(enum.IntFlag):
@@ -108,7 +108,7 @@ class StepHandshake:
         if is_whole:
             batch, flags = self._of_whole(given, num_microbatches, flags, refusal)
         elif self._num_shards is not None:
-            batch, flags = self._shards_of_part(given, counts, flags, refusal)
+            batch, flags = self._shards_of_part(given, counts, place, flags, refusal)
         else:
             batch, flags = self._of_part(given, counts, num_microbatches, place, flags, refusal)
         if batch.total == 0 and isinstance(criterion, Weighted):
@@ -181,22 +181,12 @@ class StepHandshake:
             return 1 if num_samples is None else num_samples, weight
 
         measured, error = _attempt(measure, refusal)
-        header = _PART_HEADER.pack(*(measured or (0, 0.0)), place, _flags(flags, error))
+        header = _PART_HEADER.pack(*(measured or (0, 0.0)), place.to_bytes(12, "little"), _flags(flags, error))
         rows = gather_bytes(self._group, header)
         unpacked = [_PART_HEADER.unpack(row) for row in rows]
         headers, places = [row[:2] for row in unpacked], [row[2] for row in unpacked]
         flags = self._union(rows, error)
-        if len({place for place in places if place}) > 1:
-            numbers = ", ".join(
-                f"rank {rank} has batch {place % (1 << 32)} of epoch {place >> 32}"
-                for rank, place in enumerate(places)
-                if place
-            )
-            raise MismatchError(
-                f"the ranks' parts are of different batches of trainer.loader: {numbers}. A rank has skipped one that "
-                f"others have not, such as by `continue` after a look at its own part. Skip a batch on all ranks or on "
-                f"none; drop samples in the dataset or in collate_fn."
-            )
+        _check_places(places)
         if not any(samples for samples, _ in headers):
             raise ValueError("no rank has a sample for this step; end the loop on every rank, as trainer.batches does")
         if num_microbatches == 1:  # nothing is cut
@@ -206,15 +196,18 @@ class StepHandshake:
         return batch, flags
 
     def _shards_of_part(
-        self, given: Given, counts: Callable[[], bool], flags: int, refusal: Exception | None
+        self, given: Given, counts: Callable[[], bool], place: int, flags: int, refusal: Exception | None
     ) -> tuple[LocalBatch, int]:
         """Return the shards of this rank's own part, and all ranks' flags. Collective, blocks."""
         num_shards = self._num_shards
         assert num_shards is not None
         own, error = _attempt(lambda: given.rule.count(given.roots) if counts() else 0, refusal)
-        rows = gather_bytes(self._group, _COUNT_HEADER.pack(own or 0, _flags(flags, error)))
+        rows = gather_bytes(
+            self._group, _COUNT_HEADER.pack(own or 0, place.to_bytes(12, "little"), _flags(flags, error))
+        )
         flags = self._union(rows, error)
         counted = [_COUNT_HEADER.unpack(row)[0] for row in rows]
+        _check_places([_COUNT_HEADER.unpack(row)[1] for row in rows])
         for rank, count in enumerate(counted):
             start, stop = shard_part(sum(counted), num_shards, rank, self._size)
             if count != stop - start:
@@ -315,6 +308,41 @@ def _attempt(
         return call(), None
     except Exception as error:
         return None, error
+
+
+def _check_places(rows: Sequence[bytes]) -> None:
+    """Raise MismatchError if the ranks have parts of different batches of `trainer.loader`. Local.
+
+    Args:
+        rows: `DataPosition.place_of` of each rank, in 12 bytes.
+    """
+    places = {rank: place for rank, row in enumerate(rows) if (place := int.from_bytes(row, "little"))}
+    if len(set(places.values())) == 1 or not places:
+        return
+    numbers = {rank: (place >> 32 & 0xFFFFFFFF, place & 0xFFFFFFFF) for rank, place in places.items()}
+    if len(set(numbers.values())) > 1:
+        listed = ", ".join(
+            f"rank {rank} has batch {number} of epoch {epoch}" for rank, (epoch, number) in numbers.items()
+        )
+        raise MismatchError(
+            f"the ranks' parts are of different batches of trainer.loader: {listed}. A rank has skipped one that "
+            f"others have not, such as by `continue` after a look at its own part. Skip a batch on all ranks or on "
+            f"none; drop samples in the dataset or in collate_fn."
+        )
+    (first, place), *others = places.items()
+    rank = next(rank for rank, other in others if other != place)
+    epoch, number = numbers[first]
+    raise different_samples(f"batch {number} of epoch {epoch}", first, rank)
+
+
+def different_samples(batch: str, rank: int, other: int) -> MismatchError:
+    """Return the error that a batch of `trainer.loader` has different samples on two ranks. Local."""
+    return MismatchError(
+        f"the samples of {batch} of trainer.loader on rank {rank} are not those on rank {other}: the ranks' samplers "
+        f"draw different indices, or their datasets differ in length. A sampler may draw from random, NumPy and torch, "
+        f"from a generator that it holds in an attribute, and by the epoch given to its set_epoch; not from other "
+        f"sources, nor from the order of a set, which differ between processes."
+    )
 
 
 def _flags(flags: int, error: Exception | None) -> int:

@@ -10,26 +10,23 @@ each batch. The script's streams are left alone. Nothing here communicates.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from . import rng
+from .reading import Collate, IterableBatches, PartReader, WorkerStart
 from .samples import SampleRule
+from .sampling import BatchKey, IndexedBatches, PartOf, num_batches
 
-PartOf = Callable[[int], tuple[int, int]]  # from a number of samples to this rank's first, and one past its last
-
-_END = object()
 _MANY = 1 << 30  # more samples than ranks
 _UPDATE_BN = inspect.unwrap(update_bn)
 
@@ -53,7 +50,7 @@ class ShardedDataLoader:
 
     Args:
         dataset: Dataset with an index, or an iterable one.
-        batch_size: Number of samples of a global batch, at least 1.
+        batch_size: Number of samples of a global batch, at least 1; None with `batch_sampler`.
         split: Function that returns the present `PartOf`; called when an epoch begins.
         seed: Seed of the order and of the samples' random streams, the same on every rank.
         progress: Function that returns the trainer's progress, for bookmarks.
@@ -61,13 +58,15 @@ class ShardedDataLoader:
         rule: Rule by which a part without samples is made.
         shuffle: Choose a random order in each epoch; only for a dataset with an index.
         drop_last: Leave out the last batch of an epoch if it is smaller than `batch_size`.
+        sampler: Iterable of the indices of an epoch's samples.
+        batch_sampler: Iterable of the indices of each global batch of an epoch.
         options: Other arguments of `torch.utils.data.DataLoader`.
     """
 
     def __init__(
         self,
         dataset: Dataset[Any],
-        batch_size: int,
+        batch_size: int | None,
         split: Callable[[], PartOf],
         seed: int,
         progress: Callable[[], Any] = lambda: None,
@@ -76,56 +75,73 @@ class ShardedDataLoader:
         *,
         shuffle: bool = False,
         drop_last: bool = False,
+        sampler: Iterable[Any] | None = None,
+        batch_sampler: Iterable[Any] | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        if batch_sampler is not None:
+            if batch_size not in (None, 1) or shuffle or sampler is not None or drop_last:
+                raise ValueError(
+                    "batch_sampler decides which samples are in each batch: pass no batch_size, shuffle, sampler or "
+                    "drop_last beside it"
+                )
+            batch_size = None
+        elif not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(
                 f"batch_size, the number of samples of a global batch, must be an int of at least 1, not {batch_size!r}"
             )
-        for name in ("sampler", "batch_sampler"):
-            if options.get(name) is not None:
-                raise ValueError(
-                    f"{name} cannot be used with trainer.loader, which chooses each rank's samples itself. Pass a "
-                    f"torch.utils.data.Subset as the dataset, or pass whole batches of your own loader to train_step."
-                )
+        elif sampler is not None and shuffle:
+            raise ValueError("the sampler decides the order: pass no shuffle beside it")
+        if not options.get("in_order", True):
+            raise ValueError("in_order=False would give each rank its parts of the batches in another order")
         self.position = LoaderPosition(seed)
         self.resumes = False
         self.given: Any = None
         self.is_given_outdated = self.is_stand_in = False
         self._is_outdated = False  # the parts that were read ahead are for a set of ranks that has changed
+        self._key: BatchKey | None = None  # of the batch that was returned last
         self._progress, self._device = progress, device
         self._rule = SampleRule() if rule is None else rule
-        collate = _Collate(options.pop("collate_fn", None) or default_collate, self._rule.batch_dim)
+        collate = Collate(options.pop("collate_fn", None) or default_collate, self._rule.batch_dim)
         self._split = split  # called only when an epoch begins, since batches are read ahead of their steps
         self._dataset, self._batch_size, self._drop_last = dataset, batch_size, drop_last
         self._generator = torch.Generator()  # without it each epoch would draw from torch's random stream
         options.setdefault("generator", self._generator)
-        self._plan: _IndexedBatches | _IterableBatches
+        options["worker_init_fn"] = WorkerStart(options.get("worker_init_fn"))
+        self._plan: IndexedBatches | IterableBatches
         if isinstance(dataset, IterableDataset):
-            if shuffle:
-                raise ValueError("shuffle=True needs a dataset with an index; an iterable one shuffles by itself")
+            if shuffle or sampler is not None or batch_size is None:
+                raise ValueError(
+                    "shuffle=True, sampler and batch_sampler need a dataset with an index; an iterable one decides the "
+                    "order by itself"
+                )
             if options.get("num_workers", 0) > 1 or options.get("persistent_workers"):
                 raise ValueError(
                     "an iterable dataset can be read by one worker, started again for each epoch: pass num_workers=1 "
                     "and no persistent_workers"
                 )
-            self._plan = _IterableBatches(dataset, batch_size, drop_last, split(), collate)
+            self._plan = IterableBatches(dataset, batch_size, drop_last, split(), collate)
             self._loader = DataLoader(self._plan, batch_size=None, collate_fn=_as_it_is, **options)
         else:
-            keys: Any = _IndexedBatches(batch_size, drop_last, split(), shuffle)
-            keys.num_samples = len(dataset)  # type: ignore[arg-type]  # a dataset with an index has a length
+            chosen = sampler if batch_sampler is None else batch_sampler
+            keys: Any = IndexedBatches(batch_size, drop_last, shuffle, chosen)
             self._plan = keys
-            self._loader = DataLoader(_Seeded(dataset, collate), batch_sampler=keys, collate_fn=_as_it_is, **options)
+            self._set_num_samples()
+            self._loader = DataLoader(PartReader(dataset, collate), batch_sampler=keys, collate_fn=_as_it_is, **options)
 
     def __len__(self) -> int:
         """Return the number of global batches in an epoch.
 
         Raises:
-            TypeError: The dataset has no length.
+            TypeError: The dataset, or the sampler, has no length.
         """
+        if isinstance(self._plan, IndexedBatches):
+            self._set_num_samples()
+            return self._plan.num_batches()
         if not isinstance(self._dataset, Sized):
             raise TypeError("the dataset has no length, so the number of batches is not known")
-        return _num_batches(len(self._dataset), self._batch_size, self._drop_last)
+        assert self._batch_size is not None
+        return num_batches(len(self._dataset), self._batch_size, self._drop_last)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield this rank's parts of the next epoch, or of the rest of the epoch that `load_state_dict` has set.
@@ -137,28 +153,51 @@ class ShardedDataLoader:
         return self.parts()
 
     def parts(self) -> Iterator[Any]:
-        """Yield the same as an iteration by the script, for the trainer's own use (`LoaderPosition.is_read`)."""
+        """Return the same as an iteration by the script, for the trainer's own use (`LoaderPosition.is_read`)."""
         if self._split()(_MANY) != (0, _MANY):
             _refuse_update_bn(sys._getframe())
+        return _Epoch(self)
+
+    def _begin(self) -> Iterator[Any]:
+        """Begin an epoch, or the rest of one; return an iterator over what is read."""
         position = self.position
         if position.num_read and not self.resumes:  # the last iteration ended early
-            position.epoch, position.num_read = position.epoch + 1, 0
+            position.end_epoch()
         self.resumes = False
         position.bookmark = None
-        batches = self._read_ahead()
-        while True:
-            self._place_bookmark()
-            if self._is_outdated:
-                batches = self._read_ahead()
-            batch: Any = next(batches, _END)
-            if batch is _END:
-                break
-            position.num_read += 1
-            self._give(*batch)
-            yield self.given
-        position.bookmark = self.given = None
-        self.is_stand_in = False
-        position.epoch, position.num_read = position.epoch + 1, 0
+        return self._read_ahead()
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """Return this rank's part of the next batch.
+
+        Raises:
+            StopIteration: The epoch has ended.
+            Exception: The part cannot be read. As with torch's DataLoader, the next call continues with the next batch.
+        """
+        position = self.position
+        self._place_bookmark()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            position.bookmark = self.given = None
+            self.is_stand_in = False
+            position.end_epoch()
+            raise
+        except Exception:
+            self._count()
+            raise
+        self._count()
+        self._give(*batch)
+        return self.given
+
+    def _count(self) -> None:
+        """Count a batch as read."""
+        if isinstance(self._plan, IndexedBatches):
+            if not self._plan.sent:  # the sampler has raised an exception, so there is no batch
+                return
+            self._key = self._plan.sent.popleft()
+            self.position.checksum = self._key.checksum
+        self.position.num_read += 1
 
     def read_ahead_again(self) -> None:
         """Make the iteration in progress continue with the parts of the present set of ranks. Local."""
@@ -171,12 +210,11 @@ class ShardedDataLoader:
         Raises:
             TypeError: The dataset is iterable, so it cannot be read again.
         """
-        plan, number = self._plan, self.position.num_read - 1
-        if isinstance(plan, _IterableBatches):
+        if self._key is None:
             raise TypeError("an iterable dataset gives each sample once")
-        plan.part_of = self._split()
-        dataset: Any = self._loader.dataset  # a _Seeded
-        self._give(*dataset.__getitems__(plan.key(number)))
+        start, stop = self._split()(len(self._key.indices))
+        reader: Any = self._loader.dataset  # a PartReader
+        self._give(*reader.__getitems__(self._key._replace(start=start, stop=stop)))
         return self.given
 
     def _give(self, part: Any, is_empty: bool) -> None:
@@ -195,13 +233,18 @@ class ShardedDataLoader:
         position = self.position
         self._plan.seed, self._plan.epoch, self._plan.first = position.seed, position.epoch, position.num_read
         self._plan.part_of = self._split()
-        if isinstance(self._plan, _IndexedBatches) and not position.num_read:
-            self._plan.num_samples = len(self._dataset)  # type: ignore[arg-type]  # it may have grown since the last epoch
+        if isinstance(self._plan, IndexedBatches):
+            self._plan.checksum = position.checksum
+            if not position.num_read:
+                self._set_num_samples()
         self._generator.manual_seed(position.seed + position.epoch)
         return iter(self._loader)
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position: the epoch, the number of its batches read, the seed. Local; the same on every rank."""
+        """Return the position: numbers of the epoch and of its batches read, seed, checksum. Local.
+
+        It is the same on every rank.
+        """
         return self.position.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -212,14 +255,42 @@ class ShardedDataLoader:
         """
         position, self.resumes = self.position, True
         position.epoch, position.num_read, position.seed = state["epoch"], state["num_read"], state["seed"]
+        position.checksum = state.get("checksum", 0)
         position.bookmark = None
 
     def _place_bookmark(self) -> None:
         progress, position = self._progress(), self.position
         if position.bookmark is None or position.bookmark.progress != progress:
             states = rng.RngState.capture(self._device)
-            place = position.epoch, position.num_read
-            position.bookmark = Bookmark(progress, *place, states, time.monotonic_ns())
+            position.bookmark = Bookmark(progress, position.state_dict(), states, time.monotonic_ns())
+
+    def _set_num_samples(self) -> None:
+        """Take the dataset's present length, which may have changed since the last epoch, if there is no sampler."""
+        if isinstance(self._plan, IndexedBatches) and not self._plan.has_sampler:
+            self._plan.num_samples = len(self._dataset)  # type: ignore[arg-type]  # it has an index, so a length
+
+
+class _Epoch(Iterator[Any]):
+    """Iterator over this rank's parts of an epoch. The epoch begins with the first part."""
+
+    def __init__(self, loader: ShardedDataLoader) -> None:
+        self._loader = loader
+        self._batches: Iterator[Any] | None = None
+        self._is_over = False
+
+    def __next__(self) -> Any:
+        loader = self._loader
+        if self._is_over:
+            raise StopIteration
+        try:
+            if self._batches is None:
+                self._batches = loader._begin()
+            elif loader._is_outdated:
+                self._batches = loader._read_ahead()
+            return loader._next(self._batches)
+        except StopIteration:
+            self._is_over, self._batches = True, None
+            raise
 
 
 @dataclass(frozen=True)
@@ -228,10 +299,8 @@ class Bookmark:
 
     progress: Any
     """Progress of the trainer at this position."""
-    epoch: int
-    """Number of the epoch."""
-    num_read: int
-    """Number of the epoch's batches that were returned before."""
+    state: dict[str, int]
+    """Result of `LoaderPosition.state_dict` at this position."""
     rng_state: rng.RngState
     """Random states at this position."""
     noted_ns: int
@@ -248,6 +317,8 @@ class LoaderPosition:
     """Number of the epoch in progress, or else of the next epoch; counts from 0."""
     num_read: int = 0
     """Number of the epoch's batches that were returned."""
+    checksum: int = 0
+    """`BatchKey.checksum` of the batch that was returned last; 0 before the first, and for iterable datasets."""
     bookmark: Bookmark | None = None
     """Position before the first returned batch on which the trainer has not trained yet."""
     is_read: bool = False
@@ -255,182 +326,11 @@ class LoaderPosition:
 
     def state_dict(self) -> dict[str, int]:
         """Return the position as `ShardedDataLoader.state_dict` does. Local."""
-        return {"epoch": self.epoch, "num_read": self.num_read, "seed": self.seed}
+        return {"epoch": self.epoch, "num_read": self.num_read, "seed": self.seed, "checksum": self.checksum}
 
-
-class _Key(NamedTuple):
-    """Key by which a rank reads its part of a global batch of a dataset with an index."""
-
-    seed: int
-    epoch: int
-    number: int
-    """Number of the batch in its epoch."""
-    indices: Sequence[int]
-    """Numbers of all samples of the global batch."""
-    start: int
-    """This rank's first sample, as a place in `indices`."""
-    stop: int
-    """One past this rank's last sample."""
-
-
-def _num_batches(num_samples: int, batch_size: int, drop_last: bool) -> int:
-    return num_samples // batch_size if drop_last else -(-num_samples // batch_size)
-
-
-class _IndexedBatches:
-    """Batch sampler that yields a `_Key` for each global batch."""
-
-    def __init__(self, batch_size: int, drop_last: bool, part_of: PartOf, shuffle: bool) -> None:
-        self.seed = self.epoch = self.first = self.num_samples = 0
-        self._batch_size, self._drop_last = batch_size, drop_last
-        self.part_of, self._shuffle = part_of, shuffle
-
-    def __len__(self) -> int:
-        return _num_batches(self.num_samples, self._batch_size, self._drop_last) - self.first
-
-    def __iter__(self) -> Iterator[_Key]:
-        order = self._order()
-        for number in range(self.first, self.first + len(self)):
-            yield self._key(order, number)
-
-    def key(self, number: int) -> _Key:
-        """Return the key of batch `number`."""
-        return self._key(self._order(), number)
-
-    def _key(self, order: Sequence[int], number: int) -> _Key:
-        indices = order[number * self._batch_size : (number + 1) * self._batch_size]
-        return _Key(self.seed, self.epoch, number, indices, *self.part_of(len(indices)))
-
-    def _order(self) -> Sequence[int]:
-        if not self._shuffle:
-            return range(self.num_samples)
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order: list[int] = torch.randperm(self.num_samples, generator=generator).tolist()
-        return order
-
-
-class _Seeded(Dataset[Any]):
-    """Dataset of parts, by `_Key`. It seeds the random streams before it reads each sample."""
-
-    def __init__(self, dataset: Dataset[Any], collate: _Collate) -> None:
-        self._dataset, self._collate = dataset, collate
-
-    def __getitems__(self, key: _Key) -> tuple[Any, bool]:
-        read = functools.partial(self._read, key.seed, key.epoch)
-        return self._collate(read, key.indices, key.start, key.stop, key[:3])
-
-    def _read(self, seed: int, epoch: int, indices: Sequence[int]) -> list[Any]:
-        if type(self._dataset) is TensorDataset:  # it draws no random numbers
-            return [self._dataset[index] for index in indices]
-        with rng.preserved():
-            return [self._read_one((seed, epoch, index)) for index in indices]
-
-    def _read_one(self, key: tuple[int, int, int]) -> Any:
-        rng.seed_host(hash(key))
-        return self._dataset[key[-1]]
-
-
-class _IterableBatches(IterableDataset[Any]):
-    """Iterable dataset that yields this rank's part of each global batch, and whether the part is empty."""
-
-    def __init__(self, dataset: Any, batch_size: int, drop_last: bool, part_of: PartOf, collate: _Collate) -> None:
-        self.seed = self.epoch = self.first = 0
-        self._dataset, self._batch_size, self._drop_last = dataset, batch_size, drop_last
-        self.part_of, self._collate = part_of, collate
-
-    def __iter__(self) -> Iterator[tuple[Any, bool]]:
-        streams = rng.HostStreams(rng.mix(self.seed, self.epoch))
-        with streams.active():
-            samples = iter(self._dataset)
-            for _ in itertools.islice(samples, self.first * self._batch_size):
-                pass
-        for number in itertools.count(self.first):
-            with streams.active():
-                batch = list(itertools.islice(samples, self._batch_size))
-            if not batch or (self._drop_last and len(batch) < self._batch_size):
-                return
-            yield self._collate(list, batch, *self.part_of(len(batch)), (self.seed, self.epoch, number))
-
-
-class _Collate:
-    """Collate a rank's part of a global batch with the user's function, which may drop samples.
-
-    Args:
-        collate: Function of a list of samples.
-        batch_dim: Dimension of tensors that counts the samples.
-    """
-
-    def __init__(self, collate: Callable[[list[Any]], Any], batch_dim: int) -> None:
-        self._collate, self._rule = collate, SampleRule(batch_dim)
-
-    def __call__(
-        self,
-        read: Callable[[Sequence[Any]], list[Any]],
-        places: Sequence[Any],
-        start: int,
-        stop: int,
-        key: tuple[int, ...],
-    ) -> tuple[Any, bool]:
-        """Return a part, and False; or a batch of one sample from which an empty part can be made, and True.
-
-        If the function leaves no sample of the whole batch, the result is what it returns for that, as in one process.
-
-        Args:
-            read: Function that reads the samples at some places.
-            places: Places of all samples of the global batch.
-            start: First sample of the part.
-            stop: One past the last sample of the part.
-            key: Key of the global batch, from which the streams follow that the user's function draws from (mixup).
-
-        Raises:
-            Exception: The error of the user's function, if it raises it for the whole batch, too, or for samples of
-                which it takes each alone.
-        """
-        attempt = functools.partial(self._try, key)
-        error = None
-        if start < stop:
-            own = read(places[start:stop])
-            part, error = attempt(own)
-            if error is None and self._has_samples(part):
-                return part, False
-            if any(self._has_samples(attempt([sample])[0]) for sample in own) and len(own) > 1:
-                raise error or ValueError(
-                    f"collate_fn returns no samples for {len(own)} samples, but some for one of them"
-                )
-            # The function has dropped all samples of this rank, or it always fails: then it fails for the whole batch.
-            whole, error = attempt(read(places))
-            if error is not None:
-                raise error
-            if not self._has_samples(whole):
-                return whole, False
-        for place in places:
-            single, error = attempt(read([place]))
-            if error is None and self._has_samples(single):
-                return single, True
-        if start < stop:
-            raise ValueError("collate_fn returns samples for a whole batch, but none for each of its samples alone")
-        whole, error = attempt(read(places))
-        if error is not None:
-            raise error
-        return whole, False
-
-    def _try(self, key: tuple[int, ...], samples: list[Any]) -> tuple[Any, Exception | None]:
-        try:
-            if self._collate is default_collate:  # it draws no random numbers
-                return self._collate(samples), None
-            with rng.preserved():
-                rng.seed_host(rng.mix(key))
-                return self._collate(samples), None
-        except Exception as error:
-            return None, error
-
-    def _has_samples(self, part: Any) -> bool:
-        if part is None:
-            return False
-        try:
-            return self._rule.count({"batch": part}) > 0
-        except (TypeError, ValueError):  # no batch that can be cut, so it is not empty
-            return True
+    def end_epoch(self) -> None:
+        """Go to the start of the next epoch. Local."""
+        self.epoch, self.num_read, self.checksum = self.epoch + 1, 0, 0
 
 
 def _refuse_update_bn(frame: FrameType | None) -> None:

@@ -51,17 +51,23 @@ class DataPosition:
         """Whether the script has iterated over a loader. Then batches are the parts that it returns."""
         return any(position.is_read for position in self._positions)
 
-    def key(self) -> int:
-        """Return a number from 0 to 2^32 - 1 that is the same for the same positions of all loaders."""
-        return zlib.crc32(repr([(position.epoch, position.num_read) for position in self._positions]).encode())
+    def key(self) -> tuple[int, int]:
+        """Return two numbers from 0 to 2^32 - 1: one for the positions of all loaders, one for the samples there."""
+        places = [(position.epoch, position.num_read) for position in self._positions]
+        checksums = [position.checksum for position in self._positions]
+        return zlib.crc32(repr(places).encode()), zlib.crc32(repr(checksums).encode())
 
     def place_of(self, inputs: Any, targets: Any) -> int:
-        """Return epoch times 2^32 plus the batch's number, from 1, if a loader has returned these last; otherwise 0."""
+        """Return a number that identifies the batch, if a loader has returned these last; otherwise 0.
+
+        It is less than 2^96, with the batch's checksum, the epoch and the batch's number, from 1, in 32 bits each.
+        """
         loaders = [loader for ref in self._loaders if (loader := ref()) is not None and loader.given is not None]
         own = _ids_of_leaves((inputs, targets)) if loaders else set()
         for loader in loaders:
             if own & _nodes(loader.given).keys():
-                return (loader.position.epoch << 32) + loader.position.num_read
+                position = loader.position
+                return (position.checksum << 64) + (position.epoch << 32) + position.num_read
         return 0
 
     def is_given(self, inputs: Any, targets: Any) -> bool:
@@ -189,7 +195,7 @@ class DataPosition:
         for position in self._positions:
             state, bookmark = position.state_dict(), position.bookmark
             if bookmark is not None and bookmark.progress == progress:
-                state |= {"epoch": bookmark.epoch, "num_read": bookmark.num_read}
+                state = bookmark.state
                 first = bookmark if first is None or bookmark.noted_ns < first.noted_ns else first
             states.append(state)
         return {"loaders": states, "epoch": self._epoch}, None if first is None else first.rng_state

@@ -83,6 +83,20 @@ def seed_host(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+def seed_generators(owner: Any, seed: int) -> None:
+    """Seed the generators of `random`, NumPy and torch that an object holds in its attributes. Local."""
+    for value in getattr(owner, "__dict__", {}).values():
+        if isinstance(value, torch.Generator):
+            value.manual_seed(seed)
+        elif isinstance(value, random.Random):
+            value.seed(seed)
+        elif isinstance(value, np.random.RandomState):
+            value.seed(seed % 2**32)
+        elif isinstance(value, np.random.Generator):
+            bits = value.bit_generator
+            bits.state = type(bits)(seed).state
+
+
 def seed_device(seed: int, device: Device) -> None:
     """Seed torch's generator for a device other than the CPU. Local."""
     module: Any = torch.get_device_module(device)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..backend.gather import gather_bytes, raise_together
 from ..checkpoint.checkpointer import Checkpointer
 from ..data.fingerprint import fingerprint
-from ..data.handshake import StepFlags
+from ..data.handshake import StepFlags, different_samples
 from ..data.position import DataPosition
 from ..errors import DistributedTrainerError, MismatchError
 from ..options import TrainerOptions
@@ -29,8 +29,8 @@ from .session import Session
 from .step import check_clip_norm
 
 # Exchanged before a backward: weight, loss, whether it has a graph, flags, number of batches to compare, whether
-# forward has raised, position in the data.
-_HEADER = struct.Struct("<dd?BB?I")
+# forward has raised, position in the data, checksum of the samples there.
+_HEADER = struct.Struct("<dd?BB?II")
 
 _MOST_COMPARED = 8  # the last batches that were given to `split` since the last backward
 
@@ -269,12 +269,12 @@ class ManualLoop:
             Weights, losses, whether they have graphs, the union of the flags, numbers of batches; and whether a rank
             has skipped a batch of `trainer.loader` that others have not, after an exception in forward.
         """
-        place = self._failure is not None, self._position.key()
+        place = self._failure is not None, *self._position.key()
         header = _HEADER.pack(weight, loss, has_graph, flags, num_batches, *place)
         with _recorded(session, "agreement"):
             rows = gather_bytes(session.groups.steps, header)
         columns = map(list, zip(*map(_HEADER.unpack, rows), strict=True))
-        weights, losses, have_graphs, all_flags, nums_batches, have_failed, keys = columns
+        weights, losses, have_graphs, all_flags, nums_batches, have_failed, keys, checksums = columns
         in_forward = [bool(flags & StepFlags.IS_IN_FORWARD) for flags in all_flags]
         if len(set(in_forward)) > 1:
             raise MismatchError(
@@ -282,6 +282,8 @@ class ManualLoop:
                 f"{in_forward.index(False)}, which is in backward. Change the model the same way on every rank, at the "
                 f"same place of the loop."
             )
+        if len(set(keys)) == 1 and len(set(checksums)) > 1:
+            raise different_samples("the batch", 0, next(r for r, one in enumerate(checksums) if one != checksums[0]))
         may_differ = any(have_failed) and len(set(keys)) > 1
         return weights, losses, have_graphs, functools.reduce(operator.or_, all_flags), nums_batches, may_differ
 

@@ -23,11 +23,12 @@ from ..checkpoint.export import export
 from ..checkpoint.state import TrainingState
 from ..data.batch import map_tensors
 from ..data.handshake import StepFlags
-from ..data.loader import PartOf, ShardedDataLoader
+from ..data.loader import ShardedDataLoader
 from ..data.loss_weight import Weighted
 from ..data.position import DataPosition
 from ..data.rng import mix
 from ..data.samples import SampleRule
+from ..data.sampling import PartOf
 from ..data.split import shard_part
 from ..launch.call_sites import records_block, records_call
 from ..metrics.profiler import profile
@@ -571,7 +572,15 @@ class DistributedTrainer:
 
     @records_call
     def loader(
-        self, dataset: Dataset[Any], batch_size: int, *, shuffle: bool = False, drop_last: bool = False, **options: Any
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = None,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        sampler: Iterable[Any] | None = None,
+        batch_sampler: Iterable[Any] | None = None,
+        **options: Any,
     ) -> ShardedDataLoader:
         """Make a loader of global batches that reads only this rank's part of each. Collective, blocks.
 
@@ -581,30 +590,40 @@ class DistributedTrainer:
         takes every batch as this rank's part, so pass batches of such loaders only. In a manual loop do not call
         `split` for them. Other loaders (for `evaluate`) make no difference. The samples of a batch, their order in each
         epoch and what augmentation draws for them (from `random`, NumPy and torch) are the same for any number of ranks
-        and workers. There is no sampler and no `set_epoch`.
+        and workers. DistributedSampler and `set_epoch` are not needed.
 
         Args:
             dataset: A dataset with `__getitem__` and `__len__`, or an iterable one. Every rank reads all samples of an
                 iterable one, and keeps its part. TypeError if a dataset with `__getitem__` has no length.
-            batch_size: Number of samples of a global batch. ValueError if it is not an int of at least 1.
+            batch_size: Number of samples of a global batch. ValueError if it is not an int of at least 1. With
+                `batch_sampler` it is None, the default, or 1.
             shuffle: Take a new order in each epoch; `torch.manual_seed` before `create_distributed_trainer` decides it.
                 Each loader of a trainer has another order. The default, False, keeps the dataset's order. ValueError
                 for True with an iterable dataset.
             drop_last: Leave out the last batch of an epoch if it has fewer samples than the others. The default, False,
                 keeps it.
+            sampler: Iterable of the indices of an epoch's samples, such as a torch.utils.data.WeightedRandomSampler.
+                Every rank draws the same indices: the sampler's `set_epoch`, if it has one, gets the epoch's number;
+                `random`, NumPy, torch and the generators in the sampler's attributes are seeded for each epoch (their
+                own seeds have no effect). The default, None, takes each sample once. TypeError for an iterator, which
+                has only one epoch. ValueError for a DistributedSampler, with `shuffle`, and with an iterable dataset.
+            batch_sampler: Iterable of the lists of indices of an epoch's global batches, of any sizes, such as length
+                buckets or batches of so many tokens. It is drawn as `sampler` is, and has the same errors. The default,
+                None, makes batches of `batch_size`. ValueError with `batch_size`, `shuffle`, `sampler` or `drop_last`.
             options: Other options of torch.utils.data.DataLoader, such as `num_workers`, `collate_fn` and `pin_memory`.
                 `collate_fn` gets this rank's samples of the batch (one sample of the batch, if this rank has none) and
                 may drop some. If it drops all of a rank, and not all of the batch, that rank's part is empty. If it
                 drops all of the batch, its result for the whole batch is returned on every rank, such as None.
-                ValueError for `sampler` and `batch_sampler`, and for more than one worker or persistent workers with an
-                iterable dataset. TypeError for options that DataLoader does not know.
+                ValueError for `in_order=False`, and for more than one worker or persistent workers with an iterable
+                dataset. TypeError for options that DataLoader does not know.
 
         Returns:
             The loader. Each iteration over it is one epoch; `len()` is the number of batches. `state_dict()` returns
             its position, a dict, and `load_state_dict(state)` makes the next iteration continue there. An empty part
             has tensors and lists without samples. If the batch is something that cannot be cut, it has a sample of
             another rank, and the loader's `is_stand_in` is True: `train_step` and `evaluate` do not count it, and a
-            manual loop passes weight=0 to `backward`.
+            manual loop passes weight=0 to `backward`. An iteration raises ValueError if it continues in the middle of
+            an epoch, and the sampler does not draw this epoch again as before.
 
         Raises:
             TypeError, ValueError: An argument is not as described above, or the trainer is closed.
@@ -625,7 +644,8 @@ class DistributedTrainer:
 
         rule = SampleRule(self._options.batch_dim, self._options.split)
         place = seed, lambda: self._progress.counts, self.device, rule
-        loader = ShardedDataLoader(dataset, batch_size, split, *place, shuffle=shuffle, drop_last=drop_last, **options)
+        options |= {"shuffle": shuffle, "drop_last": drop_last, "sampler": sampler, "batch_sampler": batch_sampler}
+        loader = ShardedDataLoader(dataset, batch_size, split, *place, **options)
         self._position.add(loader)
         return loader
 
