@@ -143,7 +143,7 @@ def test_same_as_torch(kind):
     assert [orders(epoch) for epoch in epochs[1, 0]] == [plain(kind, 0), plain(kind, 1)]
     assert (orders(epochs[1, 0][0]) != orders(epochs[1, 0][1])) == (kind != "list")
     draws = torch.cat([drawn for epoch in epochs[1, 0] for _, drawn in epoch])
-    assert len(draws.unique()) == draws.numel()  # of a sample that is drawn twice, too
+    assert len(draws.unique()) == draws.numel()  # also for a sample that is drawn twice
     if kind != "tokens":  # it has no length
         assert len(loaders[0]) == len(epochs[1, 0][0])
 

@@ -68,7 +68,7 @@ def check_own(own: Any) -> None:
         if loader is not None:
             require(isinstance(loader, dict), "position")
             keys = {"epoch", "num_read", "seed"}
-            require(keys <= set(loader) <= keys | {"checksum", "num_ranks"}, "position")
+            require(keys <= set(loader) <= keys | {"checksum", "num_ranks", "num_workers"}, "position")
             for number in loader.values():
                 require_count(number, "position")
     require(isinstance(own["random_states"], list), "random_states")

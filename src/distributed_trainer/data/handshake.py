@@ -224,17 +224,21 @@ class StepHandshake:
         weights = gather_objects(self._group, [microbatch.weight for microbatch in batch.microbatches])
         return replace(batch, total=sum(itertools.chain.from_iterable(weights))), flags
 
-    def has_batch(self, has_batch: bool, has_any: bool) -> bool:
+    def has_batch(self, has_batch: bool, has_any: bool, error: Exception | None = None) -> bool:
         """Return whether any rank has a batch. Collective, blocks.
 
         Args:
             has_batch: Whether this rank has a batch now.
             has_any: Whether this rank has, or has had, any batch of the loop.
+            error: Why this rank's batch cannot be read; None if it can.
 
         Raises:
+            Exception: A rank has passed an `error`. The same on every rank.
             ValueError: Some rank has had no batch at all while another rank has one. The same on every rank.
         """
-        rows = gather_bytes(self._group, bytes([has_batch, has_any]))
+        rows = gather_bytes(self._group, bytes([has_batch, has_any, error is not None]))
+        if any(row[2] for row in rows):
+            self._raise_together(error)
         if any(row[0] for row in rows):
             for rank, row in enumerate(rows):
                 if not row[1]:

@@ -5,7 +5,7 @@ The samples of batch b in epoch e depend on the loader's seed alone. So they are
 workers; a rank reads a part of them. The random streams are seeded before each sample is read, from the seed, the epoch
 and the sample's number, so the random numbers of augmentation do not depend on the rank or worker that reads a sample.
 An iterable dataset draws from streams that are seeded for each epoch, and a collate function from streams seeded for
-each batch. The script's streams are left alone. Nothing here communicates.
+each batch. The script's streams are left alone. Nothing here communicates, unless each rank has a stream of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -23,9 +23,11 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from . import rng
-from .reading import Collate, IterableBatches, PartReader, WorkerStart
+from .reading import Collate, PartReader, StreamKeys, StreamReader, WorkerStart
 from .samples import SampleRule
 from .sampling import BatchKey, IndexedBatches, PartOf, num_batches
+
+Agree = Callable[[bool, bool, Exception | None], bool]  # `StepHandshake.has_batch`
 
 _MANY = 1 << 30  # more samples than ranks
 _UPDATE_BN = inspect.unwrap(update_bn)
@@ -47,6 +49,8 @@ class ShardedDataLoader:
         given: Last part that was returned, while an iteration is in progress; otherwise None.
         is_stand_in: Whether `given` counts for nothing although it has samples, since this rank's part is empty.
         is_given_outdated: Whether `given` was cut for a set of ranks that has changed since then.
+        num_given: Number of parts that were returned.
+        is_collective: Whether iterations are collective, since each rank has samples of its own.
 
     Args:
         dataset: Dataset with an index, or an iterable one.
@@ -60,6 +64,8 @@ class ShardedDataLoader:
         drop_last: Leave out the last batch of an epoch if it is smaller than `batch_size`.
         sampler: Iterable of the indices of an epoch's samples.
         batch_sampler: Iterable of the indices of each global batch of an epoch.
+        stream: For an iterable dataset with this rank's samples alone: the number of ranks, and a function with which
+            they agree whether any has a batch. Then each iteration is collective and blocks. None otherwise.
         options: Other arguments of `torch.utils.data.DataLoader`.
     """
 
@@ -77,6 +83,7 @@ class ShardedDataLoader:
         drop_last: bool = False,
         sampler: Iterable[Any] | None = None,
         batch_sampler: Iterable[Any] | None = None,
+        stream: tuple[int, Agree] | None = None,
         **options: Any,
     ) -> None:
         if batch_sampler is not None:
@@ -98,8 +105,14 @@ class ShardedDataLoader:
         self.resumes = False
         self.given: Any = None
         self.is_given_outdated = self.is_stand_in = False
+        self.num_given = 0
+        self.is_collective = stream is not None
+        self._agree = None if stream is None else stream[1]
+        self._readers: dict[str, int] = {} if stream is None else {"num_ranks": stream[0]}
+        self._dummy: Any = None  # batch from which an empty part is made when this rank's samples have ended
+        self._num_to_skip = self._num_ended = 0  # see `_read`
         self._is_outdated = False  # the parts that were read ahead are for a set of ranks that has changed
-        self._key: BatchKey | None = None  # of the batch that was returned last
+        self._key: BatchKey | None = None  # key of the batch that was returned last
         self._progress, self._device = progress, device
         self._rule = SampleRule() if rule is None else rule
         collate = Collate(options.pop("collate_fn", None) or default_collate, self._rule.batch_dim)
@@ -108,26 +121,27 @@ class ShardedDataLoader:
         self._generator = torch.Generator()  # without it each epoch would draw from torch's random stream
         options.setdefault("generator", self._generator)
         options["worker_init_fn"] = WorkerStart(options.get("worker_init_fn"))
-        self._plan: IndexedBatches | IterableBatches
+        self._plan: IndexedBatches | StreamKeys
         if isinstance(dataset, IterableDataset):
             if shuffle or sampler is not None or batch_size is None:
                 raise ValueError(
                     "shuffle=True, sampler and batch_sampler need a dataset with an index; an iterable one decides the "
                     "order by itself"
                 )
-            if options.get("num_workers", 0) > 1 or options.get("persistent_workers"):
-                raise ValueError(
-                    "an iterable dataset can be read by one worker, started again for each epoch: pass num_workers=1 "
-                    "and no persistent_workers"
-                )
-            self._plan = IterableBatches(dataset, batch_size, drop_last, split(), collate)
-            self._loader = DataLoader(self._plan, batch_size=None, collate_fn=_as_it_is, **options)
+            if batch_size < self._readers.get("num_ranks", 0):
+                raise ValueError(f"each rank reads a part of each batch, so batch_size={batch_size} is too small")
+            if options.get("num_workers", 0) > 1:  # one worker reads in the order in which none does
+                self._readers["num_workers"] = options["num_workers"]
+            self._plan = StreamKeys(batch_size, self.is_collective)
+            reader: Dataset[Any] = StreamReader(dataset, drop_last, collate)
         else:
-            chosen = sampler if batch_sampler is None else batch_sampler
-            keys: Any = IndexedBatches(batch_size, drop_last, shuffle, chosen)
-            self._plan = keys
+            self._plan = IndexedBatches(
+                batch_size, drop_last, shuffle, sampler if batch_sampler is None else batch_sampler
+            )
             self._set_num_samples()
-            self._loader = DataLoader(PartReader(dataset, collate), batch_sampler=keys, collate_fn=_as_it_is, **options)
+            reader = PartReader(dataset, collate)
+        plan: Any = self._plan
+        self._loader = DataLoader(reader, batch_sampler=plan, collate_fn=_as_it_is, **options)
 
     def __len__(self) -> int:
         """Return the number of global batches in an epoch.
@@ -138,8 +152,8 @@ class ShardedDataLoader:
         if isinstance(self._plan, IndexedBatches):
             self._set_num_samples()
             return self._plan.num_batches()
-        if not isinstance(self._dataset, Sized):
-            raise TypeError("the dataset has no length, so the number of batches is not known")
+        if not isinstance(self._dataset, Sized) or self.is_collective:
+            raise TypeError("the dataset, of all ranks together, has no length, so the number of batches is not known")
         assert self._batch_size is not None
         return num_batches(len(self._dataset), self._batch_size, self._drop_last)
 
@@ -163,8 +177,17 @@ class ShardedDataLoader:
         position = self.position
         if position.num_read and not self.resumes:  # the last iteration ended early
             position.end_epoch()
+        if position.num_read and position.readers != self._readers:
+            before, now = (
+                ", ".join(f"{name}={number}" for name, number in readers.items()) or "one reader"
+                for readers in (position.readers, self._readers)
+            )
+            raise ValueError(
+                f"the loader stopped in the middle of epoch {position.epoch} with {before}, but now has {now}. The "
+                f"order of an iterable dataset depends on it: continue with the same, or from the start of an epoch."
+            )
         self.resumes = False
-        position.bookmark = None
+        position.bookmark, position.readers = None, self._readers
         return self._read_ahead()
 
     def _next(self, batches: Iterator[Any]) -> Any:
@@ -174,21 +197,56 @@ class ShardedDataLoader:
             StopIteration: The epoch has ended.
             Exception: The part cannot be read. As with torch's DataLoader, the next call continues with the next batch.
         """
-        position = self.position
+        position, batch, error = self.position, None, None
         self._place_bookmark()
         try:
-            batch = next(batches)
+            batch = self._read(batches)
         except StopIteration:
-            position.bookmark = self.given = None
+            pass
+        except Exception as raised:
+            error = raised
+        has_batch = batch is not None
+        if self._agree is not None:
+            try:
+                has_batch = self._agree(has_batch, has_batch or self._dummy is not None, error)
+            except Exception:  # the same on every rank
+                self._count()
+                raise
+            batch = batch or (self._dummy, True)
+        elif error is not None:
+            self._count()
+            raise error
+        if batch is None or not has_batch:
+            position.bookmark = self.given = self._dummy = None
             self.is_stand_in = False
             position.end_epoch()
-            raise
-        except Exception:
-            self._count()
-            raise
+            raise StopIteration
         self._count()
         self._give(*batch)
         return self.given
+
+    def _read(self, batches: Iterator[Any]) -> tuple[Any, bool]:
+        """Return the next part that is read, and whether it is empty. Local.
+
+        Workers read an iterable dataset in turn, and a worker whose dataset has ended says so at each of its turns.
+
+        Raises:
+            StopIteration: There is no further one.
+        """
+        if isinstance(self._plan, IndexedBatches):
+            part: tuple[Any, bool] = next(batches)
+            return part
+        while self._num_ended < max(self._loader.num_workers, 1):
+            batch, is_empty, is_end = next(batches)
+            if is_end:
+                self._num_ended += 1
+                self._dummy = self._dummy if batch is None else batch
+                continue
+            self._num_ended = 0
+            if not self._num_to_skip:
+                return batch, is_empty
+            self._num_to_skip -= 1
+        raise StopIteration
 
     def _count(self) -> None:
         """Count a batch as read."""
@@ -220,6 +278,7 @@ class ShardedDataLoader:
     def _give(self, part: Any, is_empty: bool) -> None:
         """Set `given` to a part, or to a part without samples that is made of it."""
         self.is_given_outdated = self.is_stand_in = False
+        self.num_given += 1
         if is_empty:
             try:
                 part = self._rule.empty(part)
@@ -237,6 +296,7 @@ class ShardedDataLoader:
             self._plan.checksum = position.checksum
             if not position.num_read:
                 self._set_num_samples()
+        self._num_to_skip, self._num_ended, self._dummy = position.num_read, 0, None
         self._generator.manual_seed(position.seed + position.epoch)
         return iter(self._loader)
 
@@ -256,6 +316,7 @@ class ShardedDataLoader:
         position, self.resumes = self.position, True
         position.epoch, position.num_read, position.seed = state["epoch"], state["num_read"], state["seed"]
         position.checksum = state.get("checksum", 0)
+        position.readers = {name: state[name] for name in ("num_ranks", "num_workers") if name in state}
         position.bookmark = None
 
     def _place_bookmark(self) -> None:
@@ -319,6 +380,8 @@ class LoaderPosition:
     """Number of the epoch's batches that were returned."""
     checksum: int = 0
     """`BatchKey.checksum` of the batch that was returned last; 0 before the first, and for iterable datasets."""
+    readers: dict[str, int] = field(default_factory=dict)
+    """Numbers of ranks and workers, where the order of an iterable dataset depends on them."""
     bookmark: Bookmark | None = None
     """Position before the first returned batch on which the trainer has not trained yet."""
     is_read: bool = False
@@ -326,10 +389,11 @@ class LoaderPosition:
 
     def state_dict(self) -> dict[str, int]:
         """Return the position as `ShardedDataLoader.state_dict` does. Local."""
-        return {"epoch": self.epoch, "num_read": self.num_read, "seed": self.seed, "checksum": self.checksum}
+        state = {"epoch": self.epoch, "num_read": self.num_read, "seed": self.seed, "checksum": self.checksum}
+        return state | self.readers
 
     def end_epoch(self) -> None:
-        """Go to the start of the next epoch. Local."""
+        """Set the start of the next epoch. Local."""
         self.epoch, self.num_read, self.checksum = self.epoch + 1, 0, 0
 
 

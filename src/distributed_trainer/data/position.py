@@ -79,15 +79,16 @@ class DataPosition:
     def with_sources(self, batches: Iterable[Any]) -> Iterator[tuple[Any, ShardedDataLoader | None]]:
         """Yield each batch with the loader of this trainer that was read to make it, or None if none was."""
 
-        def given() -> list[tuple[ShardedDataLoader, Any]]:
-            return [(loader, loader.given) for ref in self._loaders if (loader := ref()) is not None]
+        def given() -> list[tuple[ShardedDataLoader, int | None]]:
+            loaders = (loader for ref in self._loaders if (loader := ref()) is not None)
+            return [(loader, None if loader.given is None else loader.num_given) for loader in loaders]
 
         before = given()
         for batch in batches:
             pairs = itertools.zip_longest(given(), before, fillvalue=(None, None))
             yield (
                 batch,
-                next((loader for (loader, now), (_, last) in pairs if now is not None and now is not last), None),
+                next((loader for (loader, now), (_, last) in pairs if now is not None and now != last), None),
             )
             before = given()
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate, get_worker_info
 
@@ -53,26 +55,95 @@ class WorkerStart:
             self._function(worker)
 
 
-class IterableBatches(IterableDataset[Any]):
-    """Iterable dataset that yields this rank's part of each global batch, and whether the part is empty."""
+class StreamKey(NamedTuple):
+    """Key by which a worker reads the next batch of its own iteration over an iterable dataset."""
 
-    def __init__(self, dataset: Any, batch_size: int, drop_last: bool, part_of: PartOf, collate: Collate) -> None:
-        self.seed = self.epoch = self.first = 0
-        self.dataset, self._batch_size, self._drop_last = dataset, batch_size, drop_last
-        self.part_of, self._collate = part_of, collate
+    iteration: int
+    """Number of the iteration over the loader. With another one the dataset is iterated over from the start."""
+    seed: int
+    epoch: int
+    number: int
+    """Number of the key. Workers get the keys in turn."""
+    size: int
+    """Number of samples to read."""
+    is_skipped: bool
+    """Read the samples, but make no part of them, since it was returned before."""
+    part_of: PartOf | None
+    """Function from the number of samples to this rank's; None if all are this rank's."""
 
-    def __iter__(self) -> Iterator[tuple[Any, bool]]:
-        streams = rng.HostStreams(rng.mix(self.seed, self.epoch))
-        with streams.active():
-            samples = iter(self.dataset)
-            for _ in itertools.islice(samples, self.first * self._batch_size):
-                pass
-        for number in itertools.count(self.first):
-            with streams.active():
-                batch = list(itertools.islice(samples, self._batch_size))
-            if not batch or (self._drop_last and len(batch) < self._batch_size):
-                return
-            yield self._collate(list, batch, *self.part_of(len(batch)), (self.seed, self.epoch, number))
+
+class StreamKeys:
+    """Batch sampler for torch's DataLoader that yields the keys of an iteration over an iterable dataset, without end.
+
+    Attributes:
+        seed: Seed of the random streams.
+        epoch: Number of the epoch.
+        first: Number of batches of the epoch that were returned before.
+        part_of: Function from a number of samples to this rank's.
+
+    Args:
+        batch_size: Number of samples of a global batch.
+        is_sharded: Whether the dataset holds this rank's samples alone.
+    """
+
+    part_of: PartOf
+
+    def __init__(self, batch_size: int, is_sharded: bool) -> None:
+        self.seed = self.epoch = self.first = self._iteration = 0
+        self._batch_size, self._is_sharded = batch_size, is_sharded
+
+    def __iter__(self) -> Iterator[StreamKey]:
+        self._iteration += 1
+        start, stop = self.part_of(self._batch_size) if self._is_sharded else (0, self._batch_size)
+        place = self._iteration, self.seed, self.epoch
+        for number in itertools.count():
+            part_of = None if self._is_sharded else self.part_of
+            yield StreamKey(*place, number, stop - start, number < self.first, part_of)
+
+
+class StreamReader(Dataset[Any]):
+    """Reader of an iterable dataset, by `StreamKey`. Each worker iterates over the dataset, as with torch's DataLoader.
+
+    Attributes:
+        dataset: The user's dataset.
+    """
+
+    def __init__(self, dataset: Any, drop_last: bool, collate: Collate) -> None:
+        self.dataset, self._drop_last, self._collate = dataset, drop_last, collate
+        self._iteration = 0
+        self._samples: Iterator[Any] = iter(())
+        self._last: list[Any] = []  # samples of the last batch
+        self._streams = rng.HostStreams(0)
+
+    def __getitems__(self, key: StreamKey) -> tuple[Any, bool, bool]:
+        """Return a part, whether it is empty, and whether this worker's iteration has ended.
+
+        At the end the part is a batch from which an empty part can be made, if this rank's samples are its own.
+        """
+        if key.iteration != self._iteration:
+            self._begin(key)
+        with self._streams.active():
+            batch = list(itertools.islice(self._samples, key.size))
+        self._last = batch or self._last
+        place = key.seed, key.epoch, key.number
+        if not batch or (self._drop_last and len(batch) < key.size):
+            has_dummy = self._last and key.part_of is None
+            return self._collate(list, self._last, 0, 0, place)[0] if has_dummy else None, True, True
+        if key.is_skipped:
+            return None, True, False
+        bounds = (0, len(batch)) if key.part_of is None else key.part_of(len(batch))
+        return *self._collate(list, batch, *bounds, place), False
+
+    def _begin(self, key: StreamKey) -> None:
+        """Iterate over the dataset from its start."""
+        info = get_worker_info()
+        worker = [info.id] if info is not None and info.id else []  # one worker draws as none does
+        self._iteration, self._last = key.iteration, []
+        self._streams = rng.HostStreams(rng.mix(key.seed, key.epoch, *worker))
+        with self._streams.active():
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(key.epoch)
+            self._samples = iter(self.dataset)
 
 
 class Collate:
@@ -154,3 +225,32 @@ class Collate:
             return self._rule.count({"batch": part}) > 0
         except (TypeError, ValueError):  # no batch that can be cut, so it is not empty
             return True
+
+
+def own_stream(dataset: Any, stream: Any, rank: int, world_size: int) -> Any:
+    """Return the iterable dataset of this rank's samples, as `stream` of `DistributedTrainer.loader` says. Local.
+
+    Raises:
+        ValueError, TypeError: The dataset cannot be divided in this way.
+    """
+    if not isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "stream= is for iterable datasets; of one with an index each rank reads only its samples anyway"
+        )
+    hugging_face = sys.modules.get("datasets")
+    if callable(stream):
+        own = stream(dataset, rank, world_size)
+    elif stream != "sharded":
+        raise ValueError(f'stream must be None, "sharded" or a function, not {stream!r}')
+    elif hugging_face is not None and isinstance(dataset, hugging_face.IterableDataset):
+        own = importlib.import_module("datasets.distributed").split_dataset_by_node(dataset, rank, world_size)
+    elif hasattr(dataset, "shard"):
+        own = dataset.shard(num_shards=world_size, index=rank)
+    else:
+        raise TypeError(
+            f'stream="sharded" calls dataset.shard(num_shards=, index=), which {type(dataset).__name__} does not have: '
+            f"write this method, or pass as stream a function of (dataset, rank, world_size) that returns this rank's"
+        )
+    if not isinstance(own, IterableDataset):
+        raise TypeError(f"this rank's part of the stream must be an IterableDataset, not {type(own).__name__}")
+    return own

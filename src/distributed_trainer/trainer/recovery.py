@@ -40,6 +40,8 @@ StepResult = tuple[list[float], Any]
 
 logger = logging.getLogger("distributed_trainer")
 
+_ENDS_JOB = "--elastic: a killed rank ends the job, which may then be started again, since %s."
+
 
 @dataclass(frozen=True)
 class StepAttempt:
@@ -85,6 +87,9 @@ class NoRecovery:
     def allow_replacement(self, objects: Mapping[str, Any]) -> None:
         """Ignore the objects: no process replaces a killed rank."""
 
+    def disable(self, reason: str | None = None) -> None:
+        """Do nothing: a killed rank ends the job anyway."""
+
     def end(self) -> None:
         """Do nothing when the trainer is closed."""
 
@@ -127,8 +132,10 @@ class ElasticRecovery:
         """Whether this process waits to replace a killed rank. Local."""
         return self._replacement.is_waiting
 
-    def disable(self) -> None:
-        """Let a killed rank end the job from now on. Local, on every rank."""
+    def disable(self, reason: str | None = None) -> None:
+        """Let a killed rank end the job from now on. Local, on every rank. Rank 0 logs a `reason`, if there is one."""
+        if self._is_on and reason is not None and self.session.rank == 0:
+            logger.warning(_ENDS_JOB, reason)
         self._is_on = False
 
     def end(self) -> None:
@@ -322,5 +329,5 @@ def choose_recovery(
     if membership is not None and membership.job.is_replacement:
         raise LaunchError(f"this process was started to replace a killed rank, but cannot continue there: {reason}")
     if session.rank == 0:
-        logger.warning("--elastic: a killed rank ends the job, which may then be started again, since %s.", reason)
+        logger.warning(_ENDS_JOB, reason)
     return NoRecovery(session)

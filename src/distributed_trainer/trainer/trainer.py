@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torch.utils.hooks import RemovableHandle
 
-from ..backend.gather import gather_objects
+from ..backend.gather import gather_objects, raise_alike
 from ..checkpoint import reader
 from ..checkpoint.checkpointer import Checkpointer, Request
 from ..checkpoint.export import export
 from ..checkpoint.state import TrainingState
 from ..data.batch import map_tensors
 from ..data.handshake import StepFlags
-from ..data.loader import ShardedDataLoader
+from ..data.loader import Agree, ShardedDataLoader
 from ..data.loss_weight import Weighted
 from ..data.position import DataPosition
+from ..data.reading import own_stream
 from ..data.rng import mix
 from ..data.samples import SampleRule
 from ..data.sampling import PartOf
@@ -580,6 +581,7 @@ class DistributedTrainer:
         drop_last: bool = False,
         sampler: Iterable[Any] | None = None,
         batch_sampler: Iterable[Any] | None = None,
+        stream: Literal["sharded"] | Callable[[Any, int, int], Any] | None = None,
         **options: Any,
     ) -> ShardedDataLoader:
         """Make a loader of global batches that reads only this rank's part of each. Collective, blocks.
@@ -594,7 +596,9 @@ class DistributedTrainer:
 
         Args:
             dataset: A dataset with `__getitem__` and `__len__`, or an iterable one. Every rank reads all samples of an
-                iterable one, and keeps its part. TypeError if a dataset with `__getitem__` has no length.
+                iterable one, and keeps its part, unless there is a `stream`. Each worker iterates over it, as with
+                torch's DataLoader. `set_epoch` of an iterable one gets the epoch's number. TypeError if a dataset with
+                `__getitem__` has neither length nor sampler.
             batch_size: Number of samples of a global batch. ValueError if it is not an int of at least 1. With
                 `batch_sampler` it is None, the default, or 1.
             shuffle: Take a new order in each epoch; `torch.manual_seed` before `create_distributed_trainer` decides it.
@@ -610,12 +614,20 @@ class DistributedTrainer:
             batch_sampler: Iterable of the lists of indices of an epoch's global batches, of any sizes, such as length
                 buckets or batches of so many tokens. It is drawn as `sampler` is, and has the same errors. The default,
                 None, makes batches of `batch_size`. ValueError with `batch_size`, `shuffle`, `sampler` or `drop_last`.
+            stream: Divide an iterable dataset, so that each rank reads samples of its own: its part of each batch. With
+                "sharded" the rank iterates over `dataset.shard(num_shards=world_size, index=rank)`, and over
+                `datasets.distributed.split_dataset_by_node` for one of Hugging Face. It may be a function of (dataset,
+                rank, world_size) that returns this rank's dataset. Each iteration is then collective and blocks, until
+                all ranks' datasets have ended; a rank whose dataset has ended has empty parts. An exception of a
+                dataset is raised on every rank. The order, and which samples are in a batch, then depend on the number
+                of ranks. The default, None, is the answer of one process. ValueError for a dataset with an index, fewer
+                samples in a batch than ranks, a rank without samples (in the first iteration, the same on every rank),
+                and with `reproducible` or `balance_speed`. TypeError for a dataset without `shard`.
             options: Other options of torch.utils.data.DataLoader, such as `num_workers`, `collate_fn` and `pin_memory`.
                 `collate_fn` gets this rank's samples of the batch (one sample of the batch, if this rank has none) and
                 may drop some. If it drops all of a rank, and not all of the batch, that rank's part is empty. If it
                 drops all of the batch, its result for the whole batch is returned on every rank, such as None.
-                ValueError for `in_order=False`, and for more than one worker or persistent workers with an iterable
-                dataset. TypeError for options that DataLoader does not know.
+                ValueError for `in_order=False`. TypeError for options that DataLoader does not know.
 
         Returns:
             The loader. Each iteration over it is one epoch; `len()` is the number of batches. `state_dict()` returns
@@ -623,7 +635,8 @@ class DistributedTrainer:
             has tensors and lists without samples. If the batch is something that cannot be cut, it has a sample of
             another rank, and the loader's `is_stand_in` is True: `train_step` and `evaluate` do not count it, and a
             manual loop passes weight=0 to `backward`. An iteration raises ValueError if it continues in the middle of
-            an epoch, and the sampler does not draw this epoch again as before.
+            an epoch, and the sampler does not draw this epoch again as before, or an iterable dataset has another
+            number of workers, or with `stream` of ranks.
 
         Raises:
             TypeError, ValueError: An argument is not as described above, or the trainer is closed.
@@ -642,12 +655,27 @@ class DistributedTrainer:
                 shard_part, num_shards=num_shards, rank=session.rank, world_size=session.world_size
             )
 
+        if stream is not None:
+            dataset, options["stream"] = self._own_stream(dataset, stream)
         rule = SampleRule(self._options.batch_dim, self._options.split)
         place = seed, lambda: self._progress.counts, self.device, rule
         options |= {"shuffle": shuffle, "drop_last": drop_last, "sampler": sampler, "batch_sampler": batch_sampler}
         loader = ShardedDataLoader(dataset, batch_size, split, *place, **options)
         self._position.add(loader)
         return loader
+
+    def _own_stream(self, dataset: Any, stream: Any) -> tuple[Any, tuple[int, Agree]]:
+        """Return this rank's part of an iterable dataset, and `stream` of `ShardedDataLoader`. Collective, blocks."""
+        if self._options.reproducible is not None or self._options.balance_speed:
+            raise ValueError("stream= does not go with reproducible or balance_speed: batches depend on the ranks")
+        self._recovery.disable("with stream= a killed rank's samples are lost")
+        own, error = dataset, None
+        try:
+            own = own_stream(dataset, stream, self.rank, self.world_size)
+        except Exception as raised:
+            error = raised
+        raise_alike(self._session.groups.steps, error)
+        return own, (self.world_size, lambda *flags: self._session.handshake.has_batch(*flags))
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """Iterate over the numbers of epochs, 0 to num_epochs - 1. Local.
@@ -723,7 +751,7 @@ class DistributedTrainer:
 
         def run(session: Session) -> dict[str, Any]:
             evaluation = Evaluation(criterion, metrics or {})
-            evaluation.is_local = is_split
+            evaluation.is_local = is_split and not (isinstance(loader, ShardedDataLoader) and loader.is_collective)
             parts = self._parts(session, loader, evaluation)
             return evaluate(session.replica, parts, evaluation, session.groups.steps, self.device)
 
@@ -1098,8 +1126,9 @@ class DistributedTrainer:
         for batch, source in self._position.with_sources(_of(loader)):
             inputs, targets = check_pair(batch)
             source = loader if isinstance(loader, ShardedDataLoader) else source
-            evaluation.is_local |= source is not None
-            if not evaluation.is_local:
+            if source is not None:
+                evaluation.is_local = not source.is_collective
+            if source is None and not evaluation.is_local:
                 yield session.handshake.part_of(inputs, targets, evaluation.error)
             elif source is not None and source.is_stand_in:
                 yield inputs, targets, 0
