@@ -25,6 +25,7 @@ NAMES = [
     "DistributedTrainerError",
     "LaunchError",
     "MPINotFoundError",
+    "MeanLoss",
     "MismatchError",
     "PowerSGD",
     "RankLostError",

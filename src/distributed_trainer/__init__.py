@@ -30,6 +30,7 @@ Names:
 - `create_distributed_trainer` makes the trainer; all options are its arguments.
 - `DistributedTrainer` has the methods: `train_step`, or `forward`, `backward` and `step` for manual loops; `loader`,
   `evaluate`, `save`, `resume`, `summary` and more.
+- `MeanLoss` is what a criterion returns if it knows the denominator of its mean.
 - `common_random` makes a model's random decisions the same on every rank.
 - `PowerSGD` is an option for slow networks.
 - `DistributedTrainerError` is the base class of this package's errors. A mistake in an argument is a TypeError or
@@ -56,6 +57,7 @@ __all__ = [
     "DistributedTrainerError",
     "LaunchError",
     "MPINotFoundError",
+    "MeanLoss",
     "MismatchError",
     "PowerSGD",
     "RankLostError",
@@ -76,6 +78,7 @@ def _is_command() -> bool:
 
 if not _is_command():  # the command starts mpirun, and need not wait for torch: importing it takes a second or more
     from .backend.register import register
+    from .data.loss_weight import MeanLoss
     from .options import PowerSGD
     from .replica.streams import common_random
     from .trainer.create import create_distributed_trainer

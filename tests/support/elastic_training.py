@@ -39,6 +39,8 @@ class Kind:
     workers: int | None = None
     """Argument `num_workers` of trainer.loader; None passes whole batches without a loader."""
     has_nonfinite_step: bool = False
+    counts: bool = False
+    """Whether the criterion returns a `MeanLoss`. A rank may be killed in it, while others wait for its count."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the trainer."""
     of_step: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +59,7 @@ KINDS = {
     "worker": Kind(workers=1),
     "reproducible": Kind(dropout=0.3, options={"reproducible": 8}),
     "microbatches": Kind(of_step={"microbatches": 2}),
+    "counted": Kind(counts=True),
     "auto": Kind(of_step={"microbatches": "auto"}),
     "two-optimizers": Kind(adam_and_sgd, has_nonfinite_step=True, options={"nonfinite_gradients": "skip"}),
 }
@@ -199,7 +202,7 @@ def num_watched_processes() -> int:
 
 def main(folder: Path, name: str, *words: str) -> None:
     """Train, and save the results in the folder."""
-    from distributed_trainer import create_distributed_trainer
+    from distributed_trainer import MeanLoss, create_distributed_trainer
 
     gc.disable()  # descriptors of what a recovery replaces are closed without the garbage collector
     kind = KINDS[name]
@@ -215,6 +218,10 @@ def main(folder: Path, name: str, *words: str) -> None:
         victim.passes("evaluate")
         return outputs.argmax(1) == targets
 
+    def counted(outputs, targets):
+        victim.passes("criterion")
+        return MeanLoss(nn.functional.cross_entropy(outputs, targets, reduction="sum"), len(targets))
+
     def batches():
         if kind.workers is None:
             for step in range(NUM_STEPS):
@@ -225,6 +232,7 @@ def main(folder: Path, name: str, *words: str) -> None:
         for _ in trainer.epochs(NUM_STEPS * BATCH_SIZE // NUM_SAMPLES):
             yield from loader
 
+    criterion = counted if kind.counts else CRITERION
     losses, accuracy = [], 0.0
     for x, y in batches():
         if victim.step == EVALUATE_STEP:
@@ -235,7 +243,7 @@ def main(folder: Path, name: str, *words: str) -> None:
         victim.passes("between")
         is_nonfinite = kind.has_nonfinite_step and victim.step == NONFINITE_STEP
         try:
-            loss = trainer.train_step(x, y, infinite if is_nonfinite else CRITERION, optimizer, **kind.of_step)
+            loss = trainer.train_step(x, y, infinite if is_nonfinite else criterion, optimizer, **kind.of_step)
         except FloatingPointError:
             assert is_nonfinite and kind.options["nonfinite_gradients"] == "raise"
             loss = torch.tensor(math.inf)

@@ -117,6 +117,11 @@ def check_alike(result, kind):
             marks=LONG,
         ),
         pytest.param(
+            *("counted", 3, 0, ["2:1:criterion", "5:2:criterion"]),
+            *([(1, "repeating step 3"), (1, "repeating step 6")], 2),
+            id="counted",
+        ),
+        pytest.param(
             *("loader", 4, 0, ["0:0:sum", "5:2:evaluate", "11:3:updated"]),
             *([(1, "repeating step 1"), (1, "after step 5"), (1, "after step 12")], 3),
             id="loader",

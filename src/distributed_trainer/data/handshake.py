@@ -18,6 +18,7 @@ from ..options import TrainerOptions
 from .balance import Balance
 from .fingerprint import FINGERPRINT_BYTES, compare_fingerprints, fingerprint
 from .loss_weight import Weighted, local_weight
+from .model_loss import with_plain_number
 from .partition import Given, LocalBatch, cut_batch, cut_part, cut_shards
 from .samples import SampleRule
 from .split import own_shards, part_bounds, shard_part
@@ -104,7 +105,7 @@ class StepHandshake:
             Exception: A rank has passed a `refusal`. The same on every rank.
             MismatchError: The ranks' batches differ. The same on every rank.
         """
-        given = Given(inputs, targets, criterion, self.rule)
+        given = Given(with_plain_number(inputs), targets, criterion, self.rule)
         if is_whole:
             batch, flags = self._of_whole(given, num_microbatches, flags, refusal)
         elif self._num_shards is not None:
@@ -126,6 +127,7 @@ class StepHandshake:
             TypeError, ValueError: The batch cannot be counted or cut. The same on every rank.
             MismatchError: The ranks' batches differ. The same on every rank.
         """
+        inputs = with_plain_number(inputs)
         roots = {"inputs": inputs, "targets": targets}
 
         def cut() -> tuple[Any, Any, int]:

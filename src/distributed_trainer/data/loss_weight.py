@@ -10,7 +10,7 @@ unscaled sum. Nothing here communicates.
 
 Three definitions of a mean cover torch (torch/nn/functional.py and ATen's Loss*.cpp): over the class weights
 of the targets that are not ignored, over elements, over samples. Any other callable counts as a mean over samples,
-unless its user passes the weight (`Weighted`).
+unless its user passes the weight (`Weighted`) or it returns a `MeanLoss` (`mean_loss.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch import cut_tensor, leaves, map_tensors
+from .batch import cut_tensor, leaves, map_tensors, rebuilt, values_of
 
 _CLASS_WEIGHTS, _ELEMENTS, _SAMPLES = "class weights", "elements", "samples"
 
@@ -87,6 +87,8 @@ _MEANS: dict[Any, str] = {
 }
 if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13 and newer
     _MEANS[nn.LinearCrossEntropyLoss.forward] = _CLASS_WEIGHTS
+FUNCTIONS = tuple(key for key in _MEANS if getattr(F, key.__name__, None) is key)
+"""The functions of torch.nn.functional among these losses."""
 # Arguments of a functools.partial that change the definition of its mean: the deprecated forms of `reduction`, and for
 # the functions of _DIVIDE_BY_WEIGHT the weight, by which they divide.
 _LEGACY = {"size_average", "reduce"}
@@ -114,6 +116,47 @@ class Weighted:
     def __call__(self, outputs: Any, targets: Any) -> Any:
         """Return the loss of the outputs."""
         return self.criterion(outputs, targets)
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """Loss, or term of a loss, that is a mean whose denominator the criterion knows.
+
+        def criterion(outputs, labels):
+            is_labelled = labels != -100
+            losses = F.cross_entropy(outputs[is_labelled], labels[is_labelled], reduction="sum")
+            return MeanLoss(losses, is_labelled.sum())
+
+    A criterion of `DistributedTrainer.train_step` or `evaluate` returns it, alone or for some of its terms in a tuple,
+    list or dict; each term has a denominator of its own. The loss of the batch is the sum of the totals of all parts
+    over the sum of their counts, on any number of ranks and microbatches.
+
+    Raises:
+        TypeError: `total` is not a tensor.
+        ValueError: `total` does not have one element. When the count is read: it is not one number, or is negative,
+            infinite or NaN.
+    """
+
+    total: Tensor
+    """Sum of the loss over this part of the batch, with one element. Differentiable."""
+    count: Tensor | float
+    """Number of items over which the mean is taken in this part, such as labels; or the sum of their weights. A number,
+    or a tensor with one element, of any dtype. It gets no gradient. A part with 0 counts for nothing."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.total, Tensor):
+            raise TypeError(f"total of MeanLoss must be a tensor, not {self.total!r}")
+        if self.total.numel() != 1:
+            raise ValueError(f"total of MeanLoss must have one element, not shape {list(self.total.shape)}: use sum()")
+
+    def count_as_float(self) -> float:
+        """Return the count; waits for its device."""
+        if isinstance(self.count, Tensor) and self.count.numel() != 1:
+            raise ValueError(f"count of MeanLoss must be one number, not a tensor of shape {list(self.count.shape)}")
+        count = float(self.count)
+        if not (math.isfinite(count) and count >= 0):
+            raise ValueError(f"count of MeanLoss is {count}; it must be finite and not negative")
+        return count
 
 
 def local_weight(criterion: Callable[..., Any], targets: Any, num_samples: int | None) -> float:
@@ -170,11 +213,11 @@ def local_loss(criterion: Callable[..., Any], outputs: Any, targets: Any, weight
     # If every target of the whole batch is ignored, both are 0, and each rank returns NaN, as one process does.
     if weight == total and not adds:
         return criterion(outputs, targets)
-    _refuse_mixing(criterion, outputs, targets)
+    refuse_mixing(criterion, outputs, targets)
     if adds:
         return criterion(outputs, targets)
-    if weight == 0 and isinstance(criterion, Weighted):
-        return map_tensors(lambda term: torch.zeros_like(term.detach()), criterion(outputs, targets))  # it may be NaN
+    if isinstance(criterion, Weighted):
+        return weighted_loss(criterion(outputs, targets), weight, total)
     if weight == 0 and is_known(criterion):
         # A mean without weight is NaN, and 0 times NaN is NaN too. The sum is an exact 0 with the same graph. It is
         # also correct for label smoothing, where a target of class weight 0 still has a loss.
@@ -182,15 +225,30 @@ def local_loss(criterion: Callable[..., Any], outputs: Any, targets: Any, weight
     return map_tensors(lambda term: term * (weight / total), criterion(outputs, targets))
 
 
+def weighted_loss(loss: Any, weight: float, total: float) -> Any:
+    """Return the summand of the loss of the whole batch, as `local_loss` does, for a loss with `weight=`."""
+    if weight == total:
+        return loss
+    if weight == 0:
+        return map_tensors(lambda term: torch.zeros_like(term.detach()), loss)  # it may be NaN
+    return map_tensors(lambda term: term * (weight / total), loss)
+
+
 def loss_terms(criterion: Callable[..., Any], loss: Any) -> list[Tensor]:
     """Return the terms of a criterion's result, whose sum is the loss.
 
     Raises:
         TypeError: A term is not a tensor, or there is no term.
-        ValueError: A term does not have exactly one element.
+        ValueError: A term does not have exactly one element, or is a `MeanLoss`, which `LossCounts` is for.
     """
     if isinstance(loss, Tensor) and loss.numel() == 1:
         return [loss]
+    if has_means(loss):
+        raise ValueError(
+            f"{criterion_name(criterion)} returns MeanLoss, whose count is the weight. It does not go with weight=, "
+            f'with an attribute reduction = "sum", or with reproducible=. Leave these out; or return the mean, '
+            f"total / count, and pass weight=."
+        )
     terms = list(leaves(loss, "loss"))
     for path, term in terms:
         if not isinstance(term, Tensor):
@@ -203,6 +261,21 @@ def loss_terms(criterion: Callable[..., Any], loss: Any) -> list[Tensor]:
     if not terms:
         raise TypeError(f"{criterion_name(criterion)} returned no loss")
     return [term for _, term in terms]
+
+
+def map_terms(change: Callable[[Any], Any], loss: Any) -> Any:
+    """Return a criterion's result with each tensor and each `MeanLoss` replaced by `change` of it."""
+    values = None if isinstance(loss, (Tensor, MeanLoss)) else values_of(loss)
+    if values is None:
+        return change(loss) if isinstance(loss, (Tensor, MeanLoss)) else loss
+    return rebuilt(loss, [map_terms(change, value) for value in values])
+
+
+def has_means(loss: Any) -> bool:
+    """Return whether a criterion's result is, or has a term that is, a `MeanLoss`."""
+    if isinstance(loss, (Tensor, MeanLoss)):
+        return isinstance(loss, MeanLoss)
+    return any(map(has_means, values_of(loss) or ()))
 
 
 def split_criterion(
@@ -317,7 +390,8 @@ def _class_weight(criterion: Any, targets: Tensor) -> float:
     return float(class_weights.to(kept.device, torch.float64)[kept].sum())
 
 
-def _refuse_mixing(criterion: Any, outputs: Any, targets: Any) -> None:
+def refuse_mixing(criterion: Any, outputs: Any, targets: Any) -> None:
+    """Raise ValueError for a loss of torch that would mix samples with each other, by the shapes. Local."""
     mean_over = _mean_over(criterion)
     if mean_over is None or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from ..backend.gather import gather_objects, raise_alike
 from ..data.batch import call_model, map_tensors, to_device
-from ..data.loss_weight import is_sum, local_weight, loss_terms
+from ..data.loss_weight import MeanLoss, is_known, is_sum, local_weight, loss_terms, map_terms
+from ..data.mean_loss import Kind, Summand
+from ..data.model_loss import Record, computes_loss, number_of_items, recording, summands_by_value
 from ..errors import DistributedTrainerError
 from ..replica.batchnorm import GlobalBatchNorm
 from ..replica.replica import Replica
@@ -44,6 +47,7 @@ class Evaluation:
 
     Attributes:
         error: Exception of this rank's part; None if there was none.
+        finds_means: Whether the criterion may return a mean whose denominator only the model knows.
         is_local: Whether the iteration over parts is local. If not, it raises `error` on every rank.
 
     Raises:
@@ -53,6 +57,7 @@ class Evaluation:
 
     def __init__(self, criterion: Callable[..., Any] | None, metrics: Mapping[str, Any]) -> None:
         self._criterion = criterion
+        self.finds_means = criterion is not None and not is_known(criterion)
         self.error: Exception | None = None
         self.is_local = False
         self._objects, self._functions = {}, {}
@@ -72,11 +77,26 @@ class Evaluation:
         self._loss: Any = None  # as the criterion returns it
         self._loss_sums: list[float] = []
         self._weight = 0.0
+        self._means: dict[tuple[int, ...], list[tuple[float, float]]] = {}  # by number of the term, and kinds of means
         self._sums = dict.fromkeys(self._functions, (0.0, 0.0))
         self._num_samples = 0
 
-    def add(self, outputs: Any, targets: Any, num_samples: int | None) -> None:
+    def add(
+        self,
+        outputs: Any,
+        targets: Any,
+        num_samples: int | None,
+        records: Sequence[Record] = (),
+        number: float | None = None,
+    ) -> None:
         """Count a part that has samples, whose number may not be known (None). Local.
+
+        Args:
+            outputs: Outputs of the model.
+            targets: Targets.
+            num_samples: Number of samples.
+            records: Losses that the model has computed.
+            number: `number_of_items` of the part.
 
         Raises:
             ValueError: The number of samples is needed, but not known.
@@ -85,7 +105,14 @@ class Evaluation:
         if self._criterion is not None:
             weight = local_weight(self._criterion, targets, num_samples)
             if weight:  # with 0 the mean would be over nothing
-                self._loss = self._criterion(outputs, targets)
+                loss = self._criterion(outputs, targets)
+                if not is_known(self._criterion):
+                    returned: list[Any] = []
+                    map_terms(returned.append, loss)
+                    for index, term in enumerate(returned):
+                        self._add_means(summands_by_value(term, index, records, number, weight))
+                    loss = map_terms(lambda term: term.total if isinstance(term, MeanLoss) else term, loss)
+                self._loss = loss
                 terms = [term.item() for term in loss_terms(self._criterion, self._loss)]
                 factor = 1.0 if is_sum(self._criterion) else weight
                 before = self._loss_sums or [0.0] * len(terms)
@@ -105,6 +132,16 @@ class Evaluation:
         for metric in self._objects.values():
             metric.update(outputs, targets)
 
+    def _add_means(self, summands: list[Summand]) -> None:
+        """Add the summands of a term. Local."""
+        key = summands[0].term, *(summand.kind for summand in summands)
+        before = self._means.get(key, [(0.0, 0.0)] * len(summands))
+        self._means[key] = [
+            (total + summand.multiplier * summand.value.item(), count + summand.count)
+            for (total, count), summand in zip(before, summands, strict=True)
+            if summand.value is not None
+        ]
+
     def result(self, group: Any) -> dict[str, Any]:
         """Compute the result of `DistributedTrainer.evaluate`. Collective, blocks.
 
@@ -112,7 +149,7 @@ class Evaluation:
             ValueError: No rank has counted a sample. The same on every rank.
         """
         structure = map_tensors(lambda term: term.new_zeros((), device="cpu"), self._loss)
-        own = (self._num_samples, structure, self._loss_sums, self._weight, self._sums)
+        own = (self._num_samples, structure, self._loss_sums, self._weight, self._means, self._sums)
         gathered = gather_objects(group, own)
         if not any(num_samples for num_samples, *_ in gathered):
             raise ValueError("the loader has no samples, on any rank")
@@ -128,12 +165,33 @@ class Evaluation:
         return result
 
     def _global_loss(self, criterion: Callable[..., Any], gathered: list[Any]) -> Any:
-        counted = [(structure, sums, weight) for _, structure, sums, weight, _ in gathered if weight]
+        counted = [(structure, sums, weight) for _, structure, sums, weight, *_ in gathered if weight]
         if not counted:  # every target is ignored
             return float("nan")
         total = 1.0 if is_sum(criterion) else sum(weight for *_, weight in counted)
-        terms = iter([sum(parts) / total for parts in zip(*(sums for _, sums, _ in counted), strict=True)])
-        return map_tensors(lambda _: next(terms), counted[0][0])
+        terms = [sum(parts) / total for parts in zip(*(sums for _, sums, _ in counted), strict=True)]
+        for index in range(len(terms)):
+            exact = self._global_mean(index, [means for *_, means, _ in gathered])
+            terms[index] = terms[index] if exact is None else exact
+        remaining = iter(terms)
+        return map_tensors(lambda _: next(remaining), counted[0][0])
+
+    @staticmethod
+    def _global_mean(term: int, gathered: list[Any]) -> float | None:
+        """Return a term of the loss by the counts of its means; None if it counts by the weights of the parts. Local.
+
+        Raises:
+            ValueError: The criterion has returned `MeanLoss` for some batches only.
+        """
+        rows = [(kinds, sums) for means in gathered for (index, *kinds), sums in means.items() if index == term]
+        different = {tuple(kinds) for kinds, _ in rows}
+        if len(different) > 1 and (Kind.MEAN,) in different:
+            raise ValueError("the criterion returns MeanLoss for some batches and not for others")
+        if len(different) != 1 or different == {(Kind.PLAIN,)}:
+            return None
+        columns = zip(*(sums for _, sums in rows), strict=True)
+        pairs = [[sum(numbers) for numbers in zip(*column, strict=True)] for column in columns]
+        return sum(total / count if count else math.nan for total, count in pairs)
 
 
 @contextlib.contextmanager
@@ -176,9 +234,13 @@ def evaluate(
     def count(number: int, own_inputs: Any, own_targets: Any, num_samples: int | None) -> None:
         if num_samples != 0:
             inputs, targets = to_device((own_inputs, own_targets), device)
+            records: list[Record] = []
             with replica.around_evaluation(number):
-                evaluation.add(call_model(replica.model, inputs), targets, num_samples)
+                with recording(records) if finds_means else contextlib.nullcontext():
+                    outputs = call_model(replica.model, inputs)
+                evaluation.add(outputs, targets, num_samples, records, number_of_items(inputs))
 
+    finds_means = evaluation.finds_means and computes_loss(replica.model)
     with evaluating(replica.model):
         try:
             for number, part in enumerate(parts):

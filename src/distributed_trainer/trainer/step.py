@@ -16,7 +16,9 @@ from torch import Tensor
 from ..checkpoint.checkpointer import Checkpointer
 from ..data.batch import call_model, to_device
 from ..data.handshake import StepFlags
-from ..data.loss_weight import local_loss, loss_terms
+from ..data.loss_weight import MeanLoss, Weighted, is_known, local_loss, loss_terms, map_terms, weighted_loss
+from ..data.mean_loss import LossCounts, RankState, Summand
+from ..data.model_loss import Record, computes_loss, number_of_items, recording, summands_of
 from ..data.partition import Microbatch, dummies_of
 from ..errors import DistributedTrainerError, MismatchError
 from ..launch.call_sites import note_exception
@@ -41,6 +43,8 @@ class TrainStep:
 
     Attributes:
         num_samples: Number of samples of the last step's global batch, divided by the number of ranks.
+        has_plain: Whether a term of the last step's loss counted by the weight of its part.
+        computes_loss: Whether the model computes its loss as those of transformers do; None before the first step.
     """
 
     def __init__(
@@ -49,6 +53,9 @@ class TrainStep:
         self._device, self._clock, self._checkpointer = device, clock, checkpointer
         self.num_samples = 0.0
         self._num_values = 2  # length of the sums in a step: terms of the loss, and whether the step is logged
+        self._counts: LossCounts | None = None  # if the mean of the present step's criterion is not known
+        self.has_plain = True
+        self.computes_loss: bool | None = None
         self._waits_for_device = options.balance_speed and device.type != "cpu"
 
     def run(
@@ -111,6 +118,7 @@ class TrainStep:
         replica.follow(flags)
         replica.start(flags)
         clock.mark(AGREEMENT)
+        self._prepare_counts(session, criterion, len(batch.microbatches))
         began = clock.computed() - replica.waited_seconds
         loss, values = None, []
         with replica.around_step():
@@ -120,6 +128,9 @@ class TrainStep:
                 values.append(terms)
                 is_complete = session.auto_microbatch.shortage is None and replica.failure is None
                 replica.combine_buffers(microbatch.num_samples if is_complete else 0)
+        if self._counts is not None:
+            self.has_plain = self._counts.has_plain
+            values[:-1] = [[term * self._counts.correction for term in terms] for terms in values[:-1]]
         replica.check_batchnorm()
         if session.auto_microbatch.ranks_lack_memory():
             replica.abandon()
@@ -142,6 +153,8 @@ class TrainStep:
         them, and `Replica.abandon` or `finish` sends the buckets that the microbatch has not sent.
         """
         replica, memory = session.replica, session.auto_microbatch
+        if self._counts is not None:
+            self._counts.begin()
         if memory.shortage is None and replica.failure is None:
             try:
                 context = replica.around_microbatch(microbatch.is_dummy)
@@ -158,7 +171,18 @@ class TrainStep:
             replica.begin_completion()
         if replica.is_forward_collective:
             self._complete(session, microbatch, total, is_last)
+        if self._counts is not None:
+            self._counts.fail()
         return None, []
+
+    def _prepare_counts(self, session: Session, criterion: Callable[..., Any], num_microbatches: int) -> None:
+        """Begin to count what the loss is a mean over, unless the criterion alone tells it. Local."""
+        if self.computes_loss is None:
+            self.computes_loss = computes_loss(session.model)
+        self.has_plain = not is_known(criterion)
+        is_checked = isinstance(criterion, Weighted) and self.computes_loss and session.progress.num_steps == 0
+        is_counted = session.options.reproducible is None and (self.has_plain or is_checked)
+        self._counts = LossCounts(session.groups.steps, num_microbatches) if is_counted else None
 
     def _complete(self, session: Session, microbatch: Microbatch, total: float, is_last: bool) -> None:
         """Make the calls in forward and backward that other ranks wait for, by a dummy. Collective, blocks.
@@ -211,6 +235,10 @@ class TrainStep:
             self._clock.mark(FORWARD)
             replica, whole = session.replica, functools.reduce(operator.add, terms)
             replica.object(replica.leaves.look(whole, finds_others=True))
+            if self._counts is not None and self._counts.correction != 1.0:
+                for parameter in session.model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(self._counts.correction)
             with replica.leaves.no_gradients_of_others():
                 replica.backward(whole, outputs, microbatch.is_dummy, is_last)
             if self._waits_for_device:
@@ -220,13 +248,69 @@ class TrainStep:
 
     def _forward(self, session: Session, microbatch: Microbatch, total: float) -> tuple[Any, Any, list[Tensor]]:
         """Return outputs, loss in the criterion's structure, scaled to its share of the global loss, and its terms."""
-        outputs = call_model(session.model, to_device(microbatch.inputs, self._device))
+        counts, records = self._counts, list[Record]()
+        inputs = to_device(microbatch.inputs, self._device)
+        is_reproducible = session.options.reproducible is not None
+        finds_means = counts.sees_parts if counts is not None else is_reproducible and self.has_plain
+        with recording(records) if self.computes_loss and finds_means else contextlib.nullcontext():
+            outputs = call_model(session.model, inputs)
         targets, criterion = to_device(microbatch.targets, self._device), microbatch.criterion
-        if microbatch.is_dummy:
+        if counts is not None:
+            loss = criterion(outputs, targets)
+            self._clock.mark(FORWARD)
+            loss = self._scale(session, counts, loss, records, microbatch, total)
+            self._clock.mark(AGREEMENT)
+        elif microbatch.is_dummy:
             loss = criterion(outputs, targets)
         else:
             loss = local_loss(criterion, outputs, targets, microbatch.weight, total)
+            if is_reproducible and not all(record.is_over_all for record in records):
+                session.replica.object(
+                    "the model computes a loss that ignores some targets, whose number in each shard is not known "
+                    "with reproducible=. Pass weight=, such as lambda labels: (labels != -100).sum(), or for a "
+                    "language model that shifts its labels by one lambda labels: (labels[:, 1:] != -100).sum()."
+                )
         return outputs, loss, loss_terms(criterion, loss)
+
+    def _scale(
+        self,
+        session: Session,
+        counts: LossCounts,
+        loss: Any,
+        records: list[Record],
+        microbatch: Microbatch,
+        total: float,
+    ) -> Any:
+        """Return the share of the global loss, in the criterion's structure. Collective, blocks.
+
+        Args:
+            session: The ranks.
+            counts: Counts of the step.
+            loss: Result of the criterion for this part.
+            records: Losses that the model has computed.
+            microbatch: This part.
+            total: Weight of the batch.
+        """
+        criterion, weight = microbatch.criterion, microbatch.weight
+        returned = list[Any]()
+        map_terms(returned.append, loss)
+        if not isinstance(criterion, Weighted):
+            loss = map_terms(lambda term: term.total if isinstance(term, MeanLoss) else term, loss)
+        terms = loss_terms(criterion, loss)
+        state, summands = RankState.HAS_LOSS, list[Summand]()
+        if session.replica.failure is not None or session.auto_microbatch.shortage is not None:
+            state = RankState.HAS_FAILED
+        elif microbatch.is_dummy:
+            state = RankState.IS_DUMMY
+        else:
+            number = number_of_items(microbatch.inputs)
+            for index, term in enumerate(returned):
+                summands += summands_of(term, index, records, number, weight)
+        if isinstance(criterion, Weighted):
+            counts.check_weight(summands, state, weight)
+            return loss if microbatch.is_dummy else weighted_loss(loss, weight, total)
+        scaled = iter(counts.scale(terms, summands, state, weight, total))
+        return map_terms(lambda _: next(scaled), loss)
 
 
 def check_arguments(

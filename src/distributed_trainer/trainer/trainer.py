@@ -197,10 +197,13 @@ class DistributedTrainer:
                 Errors are those of `inputs`.
             criterion: Loss function, called as criterion(outputs, targets). Its reduction is "mean" (over samples,
                 elements or weighted targets, as the loss defines it) or "sum". Any other callable counts as a mean over
-                samples, unless there is a `weight`. It may return several terms in a tuple, list or dict; the loss is
-                their sum. TypeError if it is not callable or returns no tensors. ValueError for reduction "none", for
-                terms with more than one element, and for shapes with which it mixes samples, such as outputs [N, 1] and
-                targets [N] for nn.MSELoss.
+                samples, unless there is a `weight`, it returns a `MeanLoss`, which has the denominator of its mean, or
+                it returns a mean of torch that a model of transformers has computed in forward (`outputs.loss`). Ranks
+                then exchange the denominators before backward. It may return several terms in a tuple, list or dict,
+                each with or without a `MeanLoss`; the loss is their sum. TypeError if it is not callable or returns no
+                tensors. ValueError for reduction "none", for terms with more than one element, for shapes with which it
+                mixes samples, such as outputs [N, 1] and targets [N] for nn.MSELoss, for a `MeanLoss` with
+                `reproducible`, and for several with different denominators in several microbatches.
             optimizer: Optimizer of the model's parameters, or of some of them. Make it once, before the loop: a new one
                 has lost its state. With `shard="optimizer"`, `optimizer.param_groups` hold this rank's flat part of
                 each parameter from the first step on. Every rank must then call `optimizer.state_dict()`, which returns
@@ -220,7 +223,9 @@ class DistributedTrainer:
                 `split_batches=False` and one microbatch it may also be a number for this rank's part. The default,
                 None, takes the mean that the criterion defines. ValueError for a number elsewhere, for a weight that is
                 negative or not finite, if all weights are 0, for a criterion with reduction "sum", and for None if the
-                mean is over samples and their number is not known.
+                mean is over samples and their number is not known, for a criterion that returns `MeanLoss`, or if the
+                weights of the first step's parts are not in proportion to the number of targets over which a model of
+                transformers has taken its mean.
             clip_norm: Upper limit of the gradients' 2-norm over all parameters of the optimizer, or of all optimizers
                 of a list together, above 0; larger gradients are scaled down to it. `trainer.gradient_norm` is then the
                 norm before clipping. The default, None, does not clip. ValueError if it is 0 or less, TypeError if it
@@ -228,7 +233,7 @@ class DistributedTrainer:
 
         Returns:
             The loss of the global batch, 0-dimensional and detached, with the same bits on every rank. If the criterion
-            returns several terms, these terms in the same structure.
+            returns several terms, these terms in the same structure. A `MeanLoss` becomes its mean over the batch.
 
         Raises:
             TypeError, ValueError: An argument is not as described above, or the trainer is closed. Arguments are
@@ -238,6 +243,7 @@ class DistributedTrainer:
                 that an optimizer updates; or a hook on a parameter changes the gradient of a part (see `on_gradient`).
                 The same on every rank; the optimizer has not stepped.
             RuntimeError: The loss has no graph, on any rank. The same on every rank.
+            MismatchError: Ranks return `MeanLoss` in different terms. The same on every rank.
             MismatchError: The ranks' batches differ, although the trainer takes whole batches (`split_batches=True`
                 without `trainer.loader`), or the ranks' models have changed differently; no rank has changed its
                 parameters. Or the ranks' weights differ, which the ranks check before the optimizer's step in steps 1
@@ -260,8 +266,6 @@ class DistributedTrainer:
             criterion = Weighted(criterion, weight)
         self._session.replica.notice_changes()
         optimizers, ids = self._check_optimizers(optimizer, has_closure=False)
-        if self.is_main and self.world_size > 1:
-            self._warnings.about_criterion(criterion)
         clock, is_whole = self._clock, self._takes_whole_batches(inputs, targets)
         clock.start()
 
@@ -278,6 +282,8 @@ class DistributedTrainer:
 
         (*totals, num_logging), loss = self._recovery.run(StepAttempt(inputs, targets, compute, update))
         clock.mark(OPTIMIZER)
+        if self._step.has_plain and self.is_main and self.world_size > 1:
+            self._warnings.about_criterion(criterion, bool(self._step.computes_loss))
         rates = [one.param_groups[0].get("lr") for one in optimizers]
         figures = {
             "learning_rate": rates[0],
@@ -724,7 +730,8 @@ class DistributedTrainer:
                 computes a part of each. With `split_batches=False` it yields batches of this rank alone, in any number.
                 ValueError for elements other than pairs, or if no rank has a sample. Inputs and targets have the forms
                 that `train_step` takes.
-            criterion: Loss function, as in `train_step`. The default, None, computes no loss.
+            criterion: Loss function, as in `train_step`; with a `MeanLoss` the loss is the sum of all totals over the sum
+                of all counts. ValueError if it returns one for some batches only. The default, None, computes no loss.
             metrics: Metrics by name: an object of torchmetrics, which is reset first; or a function of (outputs,
                 targets) that returns a mean over samples, or a tensor of which the mean over all elements is taken,
                 such as `lambda outputs, targets: outputs.argmax(1) == targets`. The default, None, computes no metrics.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..data.loss_weight import criterion_name, is_known
+from ..data.loss_weight import criterion_name
 from ..launch.separate_models import was_made
 
 if TYPE_CHECKING:
@@ -34,17 +34,32 @@ class UsageWarnings:
         self._finalizers: list[weakref.finalize[[], Any]] = []
         self.is_used = False  # whether the script has called the trainer for more than loaders and parts of batches
 
-    def about_criterion(self, criterion: Callable[..., Any]) -> None:
-        """Warn of a loss whose mean is not known. Local."""
+    def about_criterion(self, criterion: Callable[..., Any], is_of_model: bool) -> None:
+        """Warn of a loss whose mean is not known. Local.
+
+        Args:
+            criterion: The loss, of which at least a term counted by the number of samples.
+            is_of_model: Whether the model computes losses, such as `outputs.loss`.
+        """
         name = criterion_name(criterion)
         if name in self._criteria:
             return
         self._criteria.add(name)
-        if not is_known(criterion):
+        if is_of_model:
+            logger.warning(
+                "%s returns a loss, or a summand of one, that is not a loss of torch which the model computes in "
+                "forward (outputs.loss may contain such summands: a router's balancing loss, a mean by hand). It "
+                "counts as a mean over samples. If it is a mean over something else, return it with its count: "
+                "lambda outputs, labels: MeanLoss(outputs.loss * count(labels), count(labels)), where a language "
+                "model's count is (labels[:, 1:] != -100).sum().",
+                name,
+            )
+        else:
             logger.warning(
                 "%s is not a loss of torch.nn: it counts as a mean over samples. If it is a mean over something else, "
-                "pass weight=, a function of a part's targets that returns the part's weight; if it is a sum, give it "
-                'an attribute reduction = "sum"; if it compares samples with each other, it cannot be split.',
+                "return MeanLoss(total, count), or pass weight=, a function of a part's targets that returns the "
+                'part\'s weight; if it is a sum, give it an attribute reduction = "sum"; if it compares samples with '
+                "each other, it cannot be split.",
                 name,
             )
 
