@@ -29,6 +29,7 @@ def linear():
         ("compression", ["int8", "PowerSGD"], '"bfloat16", "float16", PowerSGD(rank=4) or None'),
         ("compression", [4, True, torch.bfloat16, PowerSGD], '"bfloat16", "float16", PowerSGD(rank=4) or None'),
         ("shard", ["optimiser", True], '"optimizer" or None'),
+        ("precision", ["half", torch.float16, 16, True], '"bfloat16", "float16" or None'),
         ("nonfinite_gradients", ["warn", "Skip", None, True, ["skip"]], '"ignore", "skip" or "raise"'),
         ("split_batches", ["no", 1, None], "True or False"),
         ("sync_batchnorm", [0], "True or False"),
@@ -141,6 +142,7 @@ DIFFERENCES = [
     ),
     ({"shard": "optimizer"}, {}, "shard differs: rank 0 has 'optimizer', {others} None. "),
     ({"reproducible": 4}, {"reproducible": 8}, "reproducible differs: rank 0 has 4, {others} 8. "),
+    ({"precision": "float16"}, {}, "precision differs: rank 0 has 'float16', {others} None. "),
     ({}, {"balance_speed": True}, "balance_speed differs: rank 0 has False, {others} True. "),
 ]
 

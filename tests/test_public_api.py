@@ -88,6 +88,7 @@ def test_signatures():
         ("split", None, True),
         ("batch_dim", 0, True),
         ("buffers", None, True),
+        ("precision", None, True),
     ]
     step = inspect.signature(DistributedTrainer.train_step).parameters
     assert list(step) == [

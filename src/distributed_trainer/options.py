@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 WireDtype = Literal["bfloat16", "float16"]
+Precision = Literal["bfloat16", "float16"]
 NonfinitePolicy = Literal["ignore", "skip", "raise"]
 ShardedState = Literal["optimizer"]
 BufferRule = Literal["first", "mean", "gather"]
@@ -105,6 +106,10 @@ class TrainerOptions:
     """How the ranks' values of buffers are combined: by pattern of their names, "first", "mean" or "gather". None:
     "first" for all."""
 
+    precision: Precision | None = None
+    """Type in which forward and criterion compute, by torch.autocast; "float16" with loss scaling. None: no autocast.
+    """
+
     def __post_init__(self) -> None:
         for name in ("split_batches", "sync_batchnorm", "balance_speed"):
             if not isinstance(getattr(self, name), bool):
@@ -121,6 +126,7 @@ class TrainerOptions:
             _check_choice("compression", self.compression, get_args(WireDtype), others=("PowerSGD(rank=4)", None))
         _check_choice("shard", self.shard, get_args(ShardedState), others=(None,))
         _check_choice("nonfinite_gradients", self.nonfinite_gradients, get_args(NonfinitePolicy))
+        _check_choice("precision", self.precision, get_args(Precision), others=(None,))
         if not (self.buffers is None or isinstance(self.buffers, Mapping)) or not all(
             isinstance(pattern, str) for pattern in self.buffers or ()
         ):
@@ -155,6 +161,16 @@ class TrainerOptions:
     def power_sgd(self) -> PowerSGD | None:
         """Low-rank compression of gradients; None without."""
         return self.compression if isinstance(self.compression, PowerSGD) else None
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients are computed with a scaled loss, for float16."""
+        return self.precision == "float16"
+
+    @property
+    def checks_gradients(self) -> bool:
+        """Whether each step looks for infinite and NaN gradients."""
+        return self.scales_loss or self.nonfinite_gradients != "ignore"
 
     @property
     def shards_optimizer(self) -> bool:

@@ -55,6 +55,7 @@ def adam_and_sgd(parameters, lr):
 KINDS = {
     "whole": Kind(has_nonfinite_step=True, options={"nonfinite_gradients": "raise"}),
     "batchnorm": Kind(torch.optim.SGD, True, has_nonfinite_step=True, options={"nonfinite_gradients": "skip"}),
+    "float16": Kind(torch.optim.SGD, has_nonfinite_step=True, options={"precision": "float16"}),
     "loader": Kind(workers=0),
     "worker": Kind(workers=1),
     "reproducible": Kind(dropout=0.3, options={"reproducible": 8}),
@@ -114,7 +115,8 @@ def plain(kind: Kind) -> tuple[list[float], nn.Module, float]:
             accuracy = (model(inputs).argmax(1) == targets).float().mean().item()
             model.train()
         model.zero_grad()
-        loss = CRITERION(model(inputs[batch]), targets[batch])
+        with torch.autocast("cpu", torch.float16, enabled="precision" in kind.options):
+            loss = CRITERION(model(inputs[batch]), targets[batch])
         if kind.has_nonfinite_step and step == NONFINITE_STEP:
             losses.append(math.inf)
             continue
@@ -261,6 +263,7 @@ def main(folder: Path, name: str, *words: str) -> None:
         "accuracy": accuracy,
         "num_ranks": trainer.world_size,
         "num_skipped_steps": trainer.num_skipped_steps,
+        "loss_scale": trainer._session.progress.loss_scale.value,
         "num_watched": num_watched,
     }
     torch.save(result, folder / f"{first_rank}.pt")

@@ -61,6 +61,9 @@ def check_own(own: Any) -> None:
     for number in own["progress"]:
         require_count(number, "progress")
     require_count(own.get("seed", 0), "seed")
+    scale, num_finite = own.get("loss_scale", (1.0, 0))
+    require(type(scale) is float and math.isfinite(scale) and scale >= 1, "loss_scale")
+    require_count(num_finite, "loss_scale")
     position = own["position"]
     require(position["epoch"] is None or type(position["epoch"]) is int, "position")
     require(isinstance(position["loaders"], list), "position")

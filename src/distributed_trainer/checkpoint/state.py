@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..data import rng
 from ..data.position import DataPosition
 from ..errors import CheckpointError
+from ..gradients.loss_scale import FIRST
 from ..gradients.sharded_optimizer import Part
 from ..replica.replica import Progress, Replica
 from .format import decode, encode
@@ -165,6 +166,7 @@ class TrainingState:
             "progress": [*self._progress.counts, self._progress.num_skipped_steps],
             "position": position,
             "seed": self._progress.seed,
+            "loss_scale": [self._progress.loss_scale.value, self._progress.loss_scale.num_finite],
         }
         return own, states if objects is not None else None, about
 
@@ -238,6 +240,7 @@ class TrainingState:
             value.load_state_dict(state)
         progress.num_steps, progress.num_commits, progress.num_skipped_steps = first["progress"]
         progress.seed = first.get("seed", progress.seed)  # earlier versions did not save it
+        progress.loss_scale.value, progress.loss_scale.num_finite = first.get("loss_scale", (FIRST, 0))  # nor this
         self._position.restore(first["position"])
         streams.restore(self._device)
         if not same_ranks and not self._has_common_stream:

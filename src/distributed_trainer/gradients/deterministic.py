@@ -29,6 +29,7 @@ from ..data.split import own_shards
 from .buckets import LINE_BYTES, Memory, is_finite, view_like
 from .hooks import GradientFunctions
 from .layout import BUCKET_BYTES
+from .loss_scale import LossScale
 
 Node = tuple[int, int]  # first shard, and one past the last
 Kind = tuple[torch.dtype, torch.device]
@@ -126,6 +127,7 @@ class DeterministicReducer:
         has_unsummed: False: backwards other than the reducer's are not noticed.
         recorder: Recorder of a profile in progress. It gets no calls, since there are no buckets.
         functions: Functions that may replace sums.
+        loss_scale: Scale of the loss, by which the sums are divided; None for no division.
     """
 
     recorder: Any = None
@@ -141,6 +143,7 @@ class DeterministicReducer:
         self._check_finite = check_finite
         self.found_nonfinite = False
         self.functions = GradientFunctions()
+        self.loss_scale: LossScale | None = None
         self._nodes: list[tuple[Node, _Sum | None]] = []
         self._used: list[bool] = []
         self._num_taken = 0
@@ -200,6 +203,8 @@ class DeterministicReducer:
             self._parameters[index].grad = gradient if used[index] else None
         if self._check_finite:
             self.found_nonfinite = not all(is_finite(gradient) for gradient in gradients.values())
+        if self.loss_scale is not None:
+            self.loss_scale.unscale([p.grad for p in self._parameters if p.grad is not None])
         self.functions.apply()
 
     def first_nonfinite(self) -> str:

@@ -178,6 +178,10 @@ class LowRankBucket:
             error.zero_()
             _draw(q, index)
 
+    def scale_error_feedback(self, factor: float) -> None:
+        """Multiply the errors. Local; between steps."""
+        torch._foreach_mul_(self._errors, factor)
+
     def close(self) -> None:
         """Release the factors' memory. Local."""
         self._p.close()

@@ -42,6 +42,7 @@ from ..options import PowerSGD
 from .buckets import Bucket, SparseBucket, is_finite, sum_sparse
 from .hooks import GradientFunctions
 from .layout import Layout, agree, runs
+from .loss_scale import LossScale
 from .powersgd import LowRankBucket
 from .powersgd import make_bucket as compression_bucket
 
@@ -56,6 +57,7 @@ class Reducer(Protocol):
     has_unsummed: bool
     recorder: Recorder | None
     functions: GradientFunctions
+    loss_scale: LossScale | None
 
     def follow(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Sum the gradients of these parameters from now on. Local."""
@@ -101,7 +103,7 @@ class GradientReducer:
         compression: Low-rank compression, or None for none. The same on every rank.
         make_bucket: Function that makes each bucket, with the interface of `Bucket`; None for the buckets that
             `compression` asks for.
-        nonfinite_gradients: Option of the trainer; with "ignore" gradients are not checked. The same on every rank.
+        check_finite: Whether to set `found_nonfinite`. The same on every rank.
 
     Attributes:
         found_nonfinite: Whether a gradient of the last step is infinite or NaN. The same on every rank.
@@ -109,6 +111,7 @@ class GradientReducer:
         unused: Numbers of the parameters that no rank used in the last step.
         recorder: Recorder that gets the times of gradients and buckets; None for no recording.
         functions: Functions that may replace sums.
+        loss_scale: Scale of the loss, by which the sums are divided; None for no division.
     """
 
     def __init__(
@@ -117,15 +120,16 @@ class GradientReducer:
         process_group: Any,
         compression: PowerSGD | None = None,
         make_bucket: Callable[..., Bucket] | None = None,
-        nonfinite_gradients: str = "ignore",
+        check_finite: bool = False,
     ) -> None:
         self._make_bucket = make_bucket or functools.partial(compression_bucket, compression=compression)
         self._group = process_group
-        self._check_finite = nonfinite_gradients != "ignore"
+        self._check_finite = check_finite
         self.found_nonfinite = self.has_unsummed = False
         self.unused: set[int] = set()
         self.recorder: Recorder | None = None
         self.functions = GradientFunctions()
+        self.loss_scale: LossScale | None = None
         self._compression = compression
         self._sums_sparse = make_bucket is None
         self._states: list[_State] = []
@@ -198,13 +202,11 @@ class GradientReducer:
                 ranks. False: drop them.
             is_held: Whether `prepare` has returned True on any rank. Then it is collective, and blocks.
         """
-        if keep and self._group.size() == 1 and not self.functions:
+        if keep and self._group.size() == 1 and not self.functions and self.loss_scale is None:
             return
         self._earlier = []
         if keep:
-            owners: dict[int, Tensor] = {id(state.parameter): state.parameter for state in self._states}
-            owners |= {id(owner): owner for bucket in self._buckets for owner, _ in bucket.results}
-            self._earlier = [(owner, owner.grad) for owner in owners.values() if owner.grad is not None]
+            self._earlier = [(owner, owner.grad) for owner in self._owners() if owner.grad is not None]
             for owner, _ in self._earlier:
                 owner.grad = None
         for state in self._states:
@@ -219,6 +221,12 @@ class GradientReducer:
         self._sparse, self._other_kind = {}, {}
         self._arrivals.clear()
         self._num_started = 0
+
+    def _owners(self) -> list[Tensor]:
+        """Return the tensors whose `.grad` holds a gradient or a sum: parameters, and shards of them. Local."""
+        owners: dict[int, Tensor] = {id(state.parameter): state.parameter for state in self._states}
+        owners |= {id(owner): owner for bucket in self._buckets for owner, _ in bucket.results}
+        return list(owners.values())
 
     def _replace_memory(self, is_held: bool) -> None:
         """Leave memory that any rank still refers to. Collective and blocks if `is_held`, else local."""
@@ -377,7 +385,9 @@ class GradientReducer:
         self._finish_gradients()
 
     def _finish_gradients(self) -> None:
-        """Let the user's functions see the sums, then add the gradients of before the step. Local."""
+        """Undo the loss scale, call the user's functions, and add the gradients of before the step. Local."""
+        if self.loss_scale is not None:
+            self.loss_scale.unscale([owner.grad for owner in self._owners() if owner.grad is not None])
         if self.functions:
             self.functions.apply()
         for owner, earlier in self._earlier:
@@ -413,6 +423,12 @@ class GradientReducer:
         """Drop what compression has kept of earlier gradients, since the last sums are not used. Local."""
         for bucket in self._buckets:
             bucket.reset_error_feedback()
+
+    def scale_error_feedback(self, factor: float) -> None:
+        """Multiply what compression has kept of earlier gradients, since the loss scale has changed. Local."""
+        for bucket in self._buckets:
+            if isinstance(bucket, LowRankBucket):
+                bucket.scale_error_feedback(factor)
 
     def forget_order(self) -> None:
         """Make the next step build new buckets, in the order in which its gradients arrive. Local; for every rank."""

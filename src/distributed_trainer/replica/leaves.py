@@ -74,8 +74,8 @@ class LeafCheck:
         self._num_backwards += 1
         if graph in self._graphs and self._num_backwards % EVERY_BACKWARDS:
             _mark_unsummed(self._graphs[graph])
-            if finds_others and self._has_found_others:
-                self._others = [leaf for leaf in _walk(loss)[0] if not isinstance(leaf, nn.Parameter)]
+            if finds_others:
+                self._others = self.others_of(loss)
             return None
         leaves, mixing = _walk(loss)
         if self._group.size() > 1:
@@ -89,6 +89,10 @@ class LeafCheck:
     def look_at(self, inputs: Sequence[Tensor]) -> str | None:
         """Look at tensors that alone will get gradients; return why they must not, or None. Local."""
         return self._examine(inputs)[0]
+
+    def others_of(self, loss: Tensor) -> list[Tensor]:
+        """Return the leaves of a loss that are no parameters; none if `look` has never found such leaves. Local."""
+        return [leaf for leaf in _walk(loss)[0] if not isinstance(leaf, nn.Parameter)] if self._has_found_others else []
 
     def _examine(self, leaves: Sequence[Tensor]) -> tuple[str | None, _Passed]:
         """Return why leaves must not get gradients, or None, and the parameters of other trainers among them. Local."""

@@ -22,6 +22,7 @@ from ..data.batch import tensors
 from ..data.handshake import StepFlags
 from ..gradients.direct_linear import DirectLinear
 from ..gradients.hooks import GradientFunctions, ParameterHooks
+from ..gradients.loss_scale import LossScale
 from ..gradients.reducer import GradientReducer, Reducer
 from ..gradients.sharded_optimizer import ShardedOptimizer, check_optimizer
 from ..options import TrainerOptions
@@ -61,6 +62,10 @@ class Progress:
     (`finish_after_failure`)."""
     functions: GradientFunctions = field(default_factory=GradientFunctions)
     """Functions of `DistributedTrainer.on_gradient`."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """Scale of the loss, used with `precision="float16"` only."""
+    has_warned_of_nonfinite: bool = False
+    """Whether rank 0 has warned of a step that was skipped."""
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -109,7 +114,9 @@ class Replica:
         self._device, self._options, self._progress = device, options, progress
         self.buffers_synced = True
         self._loss: Any = None  # result of the criterion, from `finish` to `update`
+        # Parameter whose gradient is infinite or NaN, "" where no name is needed; None if all are finite.
         self._nonfinite_name: str | None = None
+        self._has_new_sums = False  # whether gradients were summed since the last call of `update`
         self._is_one_of_many = self._group.size() > 1
         self._num_graphs = 0  # backwards of this step whose loss had a graph
         self._objection: str | None = None  # why this step must not change weights
@@ -118,6 +125,7 @@ class Replica:
         self._has_written = False  # whether forward or backward has written to a parameter
         self._sees_parts = self._is_one_of_many
         _refuse_max_norm(model, options)
+        _refuse_float16(model, options)
         if aligns:
             align_models(model, self._group)
             progress.seed = rng.share(self._group, device, alike=options.split_batches)
@@ -127,6 +135,7 @@ class Replica:
         self._set_up(gradient_group)
         self._structure = ModelStructure(model)
         self.gradients.functions = progress.functions
+        self.gradients.loss_scale = progress.loss_scale if options.scales_loss else None
         self.divergence = DivergenceCheck(model, self._group, device, self._unchanged_buffers)
         has_global_batchnorm = options.sync_batchnorm and options.reproducible is None
         self.leaves = LeafCheck(model, self._group, has_global_batchnorm)
@@ -144,7 +153,7 @@ class Replica:
             gradient_group,
             self._options.power_sgd,
             make_bucket,
-            self._options.nonfinite_gradients,
+            self._options.checks_gradients,
         )
         self._buffers = SharedBuffers(self.model, self._group, self._options)
         self._find_modules()
@@ -214,6 +223,7 @@ class Replica:
         structure = follow(self.model, self._structure, self._group, aligns)
         if self._sharded is not None:
             self._sharded.check_parameters(self.model)
+        _refuse_float16(self.model, self._options)
         self._structure, self._has_changed = structure, False
         self.gradients.follow(structure.named_parameters)
         self.leaves.forget_graphs()
@@ -233,6 +243,8 @@ class Replica:
 
     def _start_checks(self, keep: bool) -> None:
         self._num_graphs, self._objection, self.failure = 0, None, None
+        if not (keep and self._has_new_sums):  # else a step with these sums and the next ones is still to follow
+            self._nonfinite_name, self._has_new_sums = None, False
         self.leaves.start(keep)
 
     def refuse_hooks(self, sees_parts: bool) -> str | None:
@@ -260,6 +272,13 @@ class Replica:
         ):
             self.leaves.begin()
             yield
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Surround the model's calls and the criterion's: torch.autocast, as `precision` says. Local."""
+        precision = self._options.precision
+        if precision is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, getattr(torch, precision))
 
     @contextlib.contextmanager
     def _watch_weights(self) -> Iterator[None]:
@@ -334,6 +353,7 @@ class Replica:
         is_dummy: bool,
         is_last: bool = True,
         inputs: Sequence[Tensor] | None = None,
+        others: Sequence[Tensor] = (),
         **options: Any,
     ) -> None:
         """Run a backward of the step, inside of `around_step` or `around_backward`.
@@ -347,12 +367,19 @@ class Replica:
             is_dummy: Leave the gradients out.
             is_last: This is the last backward of the step.
             inputs: Tensors that get gradients; None for all leaves.
+            others: Leaves that are no parameters of the model. Their gradients are not multiplied by the loss scale.
             options: Other options of `torch.Tensor.backward`.
         """
-        has_graph = loss.requires_grad
+        has_graph, scale = loss.requires_grad, self.gradients.loss_scale
         self._num_graphs += has_graph and not is_dummy
         if has_graph:
-            with self.gradients.backward(leave_out=is_dummy, is_last=is_last):
+            with contextlib.ExitStack() as stack:
+                if scale is not None:
+                    loss, factor = loss * scale.value, 1 / scale.value
+                    for leaf in others:
+                        handle = leaf.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+                        stack.callback(handle.remove)
+                stack.enter_context(self.gradients.backward(leave_out=is_dummy, is_last=is_last))
                 loss.backward(inputs=inputs, **options)  # type: ignore[no-untyped-call]  # torch has no types here
         elif self.is_forward_collective:
             roots = [tensor for tensor in tensors(outputs) if tensor.requires_grad]
@@ -455,6 +482,7 @@ class Replica:
 
     def _commit(self, committed: Any) -> None:
         self._progress.num_commits += 1
+        self._has_new_sums = True
         self._progress.committed, self.buffers_synced = committed, False
 
     def finish_after_failure(self, committed: Any) -> tuple[list[float], Any]:
@@ -537,6 +565,7 @@ class Replica:
         # Not before: if a rank is killed meanwhile, recovery makes the update that is not counted yet.
         progress.num_steps += 1
         self._loss = None
+        self._update_loss_scale()
         if self._nonfinite_name is not None:
             self._report_nonfinite()
             return False
@@ -553,6 +582,21 @@ class Replica:
                 for optimizer in optimizers:
                     optimizer.step() if closure is None else optimizer.step(closure)  # not every step() takes a closure
         return True
+
+    @property
+    def needs_update(self) -> bool:
+        """Whether an optimizer may step on the present gradients through `update` only, which updates the loss scale."""
+        return self._options.scales_loss and (self._has_new_sums or self._nonfinite_name is not None)
+
+    def _update_loss_scale(self) -> None:
+        """Update the loss scale after gradients; once, if several optimizers step on them. Local."""
+        scale, has_new_sums, self._has_new_sums = self.gradients.loss_scale, self._has_new_sums, False
+        if scale is None or not has_new_sums:
+            return
+        before = scale.value
+        scale.update(is_finite=self._nonfinite_name is None)
+        if self._options.power_sgd is not None:
+            self._reducer.scale_error_feedback(scale.value / before)
 
     @contextlib.contextmanager
     def _around_optimizer(self) -> Iterator[None]:
@@ -636,19 +680,30 @@ class Replica:
 
     def _find_nonfinite(self) -> None:
         if self.gradients.found_nonfinite and self._nonfinite_name is None:
-            is_named = self._options.nonfinite_gradients == "raise" or self._progress.num_skipped_steps == 0
+            is_raised, scale = self._options.nonfinite_gradients == "raise", self.gradients.loss_scale
+            is_named = is_raised or not self._progress.has_warned_of_nonfinite
+            if scale is not None and scale.can_fall:
+                is_named = False  # an ordinary overflow
             self._nonfinite_name = self.gradients.first_nonfinite() if is_named else ""
 
     def _report_nonfinite(self) -> None:
-        """Count a skipped step, or raise FloatingPointError, as `nonfinite_gradients` says."""
-        name, self._nonfinite_name = self._nonfinite_name, None
-        progress = self._progress
+        """Count a skipped step, or raise FloatingPointError, as `nonfinite_gradients` says.
+
+        A step that another optimizer makes on the same gradients is skipped as well.
+        """
+        name, progress = self._nonfinite_name, self._progress
         text = f"step {progress.num_steps}: the gradient of {name} is infinite or NaN, so no parameter was changed."
-        if self._options.nonfinite_gradients == "raise":
+        if self._options.scales_loss:
+            text += ' The loss scale has fallen to 1: look for the cause, or use precision="bfloat16".'
+        if name and self._options.nonfinite_gradients == "raise":
+            self._nonfinite_name = None
             raise FloatingPointError(text)
+        self._nonfinite_name = ""
         progress.num_skipped_steps += 1
-        if progress.num_skipped_steps == 1 and self._group.rank() == 0:
-            logger.warning("%s Later steps of this kind are skipped and counted in num_skipped_steps.", text)
+        if name and not progress.has_warned_of_nonfinite:
+            progress.has_warned_of_nonfinite = True
+            if self._group.rank() == 0:
+                logger.warning("%s Later steps of this kind are skipped and counted in num_skipped_steps.", text)
 
 
 def _with_versions(model: nn.Module) -> list[nn.Parameter]:
@@ -665,3 +720,13 @@ def _refuse_max_norm(model: nn.Module, options: TrainerOptions) -> None:
             f"{name or 'the model'} has max_norm, with which forward writes to the weight. That does not work with "
             f"{option}: leave it or max_norm out"
         )
+
+
+def _refuse_float16(model: nn.Module, options: TrainerOptions) -> None:
+    """Raise ValueError for parameters whose gradients, divided by the loss scale, float16 would not hold. Local."""
+    for name, parameter in model.named_parameters() if options.scales_loss else ():
+        if parameter.dtype == torch.float16:
+            raise ValueError(
+                f'{name} is float16, but precision="float16" computes in float16 with weights in float32: call '
+                f"model.float() before making the trainer, and leave the casts to precision"
+            )

@@ -38,9 +38,8 @@ class ReproducibleReplica(Replica):
                 f"{self._group.size()} ranks: start fewer ranks, or make more shards"
             )
         check_computers(self._group, os.environ)
-        check_finite = self._options.nonfinite_gradients != "ignore"
         self._deterministic = DeterministicReducer(
-            self.model.named_parameters(), gradient_group, num_shards, check_finite
+            self.model.named_parameters(), gradient_group, num_shards, self._options.checks_gradients
         )
         self.gradients = self._deterministic
         self._shards = own_shards(num_shards, self._group.rank(), self._group.size())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..backend import job as jobs
-from ..backend.gather import gather_json
+from ..backend.gather import call_together, gather_json
 from ..backend.process_group import ProcessGroupShmpi
 from ..errors import MismatchError
 from ..gradients.sharded_optimizer import check_model
@@ -52,6 +53,7 @@ def create_distributed_trainer(
     split: Callable[[Any, int, int | None], tuple[Any, int]] | None = None,
     batch_dim: int = 0,
     buffers: Mapping[str, Literal["first", "mean", "gather"]] | None = None,
+    precision: Literal["bfloat16", "float16"] | None = None,
 ) -> DistributedTrainer:
     """Create a trainer for `model`. Collective: every rank calls it, with the same model and options; blocks.
 
@@ -142,6 +144,15 @@ def create_distributed_trainer(
             are exact anyway, and match only with `sync_batchnorm=False`. TypeError if it is not a dict of names;
             ValueError for other rules, for a pattern that matches nothing, for "mean" of integers, and with
             `reproducible`.
+        precision: Mixed precision (docs/training.md): "bfloat16" or "float16" runs the model and the criterion in
+            torch.autocast with this type, in `train_step`, `forward` and `evaluate`; backward and optimizer run outside
+            of it, and weights stay as they are. "float16" also scales the loss in backward, as torch's GradScaler does.
+            All ranks skip a step whose gradients overflow, which `num_skipped_steps` counts; the scale, 65536 at first,
+            is then halved, but not below 1, and doubled after 2000 steps without an overflow. Checkpoints hold it. A
+            gradient that is infinite or NaN while the scale is 1 is not an ordinary overflow: rank 0 warns the first
+            time, or `nonfinite_gradients="raise"` raises FloatingPointError. The default, None, computes in the types
+            of weights and inputs. ValueError for other names, for "float16" and a parameter that is float16, and if
+            torch has no such autocast on this device, TypeError for other objects.
 
     Returns:
         The trainer, a context manager.
@@ -167,6 +178,7 @@ def create_distributed_trainer(
         split=split,
         batch_dim=batch_dim,
         buffers=None if buffers is None else dict(buffers) if isinstance(buffers, Mapping) else buffers,
+        precision=precision,
     )
     if group is not None:
         _check_group(group)
@@ -195,6 +207,7 @@ def create_distributed_trainer(
                 f"{options.wire_dtype} between machines. Leave group out, or pass a group of the backend shmpi."
             )
         _check_alike(options, group)
+        _check_precision(precision, device, group)
         ranks = dist.get_process_group_ranks(group)
         gradient_group = group
         if options.wire_dtype is not None:  # the caller's group keeps its own wire type
@@ -210,6 +223,7 @@ def create_distributed_trainer(
     membership = Membership(job, options.wire_dtype)
     groups = membership.create_groups()
     _check_alike(options, groups.steps)
+    _check_precision(precision, job.device, groups.steps)
     if options.shards_optimizer:
         check_model(model, groups.gradients, job.device)
     model.to(job.device)
@@ -256,6 +270,24 @@ def _check_alike(options: TrainerOptions, group: Any) -> None:
             differences.append(f"{name} differs: {', '.join(parts)}. ")
     if differences:
         raise MismatchError(f"{''.join(differences)}Pass the same options to create_distributed_trainer on every rank.")
+
+
+def _check_precision(precision: str | None, device: torch.device, group: Any) -> None:
+    """Raise ValueError if some rank's device has no autocast of this type. Collective and blocks with a precision.
+
+    On most devices torch warns of that, and computes without autocast.
+    """
+
+    def check() -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                torch.autocast(device.type, getattr(torch, str(precision)))
+        except (RuntimeError, UserWarning) as error:
+            raise ValueError(f"precision={precision!r} does not work on {device}: {error}") from error
+
+    if precision is not None:
+        call_together(group, check)
 
 
 def _describe(option: Any) -> str:

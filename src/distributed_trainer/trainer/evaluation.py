@@ -86,10 +86,11 @@ class Evaluation:
         outputs: Any,
         targets: Any,
         num_samples: int | None,
+        autocast: Callable[[], contextlib.AbstractContextManager[object]],
         records: Sequence[Record] = (),
         number: float | None = None,
     ) -> None:
-        """Count a part that has samples, whose number may not be known (None). Local.
+        """Count a part that has samples, whose number may not be known (None), with the criterion in autocast. Local.
 
         Args:
             outputs: Outputs of the model.
@@ -105,7 +106,8 @@ class Evaluation:
         if self._criterion is not None:
             weight = local_weight(self._criterion, targets, num_samples)
             if weight:  # with 0 the mean would be over nothing
-                loss = self._criterion(outputs, targets)
+                with autocast():
+                    loss = self._criterion(outputs, targets)
                 if not is_known(self._criterion):
                     returned: list[Any] = []
                     map_terms(returned.append, loss)
@@ -236,9 +238,9 @@ def evaluate(
             inputs, targets = to_device((own_inputs, own_targets), device)
             records: list[Record] = []
             with replica.around_evaluation(number):
-                with recording(records) if finds_means else contextlib.nullcontext():
+                with replica.autocast(), recording(records) if finds_means else contextlib.nullcontext():
                     outputs = call_model(replica.model, inputs)
-                evaluation.add(outputs, targets, num_samples, records, number_of_items(inputs))
+                evaluation.add(outputs, targets, num_samples, replica.autocast, records, number_of_items(inputs))
 
     finds_means = evaluation.finds_means and computes_loss(replica.model)
     with evaluating(replica.model):

@@ -78,7 +78,12 @@ class ManualLoop:
             if replica.is_forward_collective:
                 stack.callback(replica.keep_outputs(self._outputs).remove)
             try:
-                with _recorded(session, "forward"), replica.around_step(), replica.around_microbatch():
+                with (
+                    _recorded(session, "forward"),
+                    replica.around_step(),
+                    replica.around_microbatch(),
+                    replica.autocast(),
+                ):
                     yield
             except Exception as error:
                 self._failure = traceback.format_exception_only(error)[-1].strip()
@@ -130,6 +135,11 @@ class ManualLoop:
                 f"its own way. Call the model inside `with trainer.forward():`, where it draws from a stream of this "
                 f"rank."
             )
+        if self._options.precision is not None and not self._uses_forward:
+            raise ValueError(
+                f"precision={self._options.precision!r} acts inside of `with trainer.forward():`. Call the model and "
+                f"compute the loss there."
+            )
         is_dummy = weight == 0
         refusal = replica.leaves.look(loss) if inputs is None else replica.leaves.look_at(inputs)
         refusal = replica.refuse_hooks(session.world_size > 1) or refusal
@@ -149,6 +159,10 @@ class ManualLoop:
             replica.start(flags, keep=True)
         self._is_accumulating = self._holds_back
         own = fractions[session.rank]
+        others: list[Tensor] = []
+        if self._options.scales_loss:
+            leaves = replica.leaves.others_of(loss) if inputs is None else inputs
+            others = [leaf for leaf in leaves if leaf.is_leaf and not isinstance(leaf, torch.nn.Parameter)]
         with (
             _recorded(session, "backward"),
             replica.around_backward(is_dummy),
@@ -156,7 +170,7 @@ class ManualLoop:
             scaled = loss if is_dummy or own == 1 else loss * own
             options = {"retain_graph": retain_graph, "create_graph": create_graph}
             try:
-                replica.backward(scaled, self._outputs, is_dummy, not self._holds_back, inputs, **options)
+                replica.backward(scaled, self._outputs, is_dummy, not self._holds_back, inputs, others, **options)
             except Exception as error:
                 is_shared = session.world_size > 1 and not self._holds_back
                 if not is_shared or isinstance(error, DistributedTrainerError):
@@ -204,6 +218,11 @@ class ManualLoop:
             raise ValueError('a closure does not go with clip_norm or shard="optimizer": clip inside of the closure')
         if closure is not None and len(optimizers) > 1:
             raise ValueError("a closure goes with one optimizer, not with several: call step for each of them")
+        if closure is not None and self._options.scales_loss:
+            raise ValueError(
+                'a closure does not go with precision="float16", whose overflows are found before the optimizer steps: '
+                'use precision="bfloat16"'
+            )
         if (text := session.replica.leaves.unsummed()) is not None:
             raise ValueError(text)
         with _recorded(session, "optimizer"):

@@ -231,7 +231,8 @@ class TrainStep:
         is_last: bool,
     ) -> tuple[Any, list[Any]]:
         with context:
-            outputs, loss, terms = self._forward(session, microbatch, total)
+            with session.replica.autocast():
+                outputs, loss, terms = self._forward(session, microbatch, total)
             self._clock.mark(FORWARD)
             replica, whole = session.replica, functools.reduce(operator.add, terms)
             replica.object(replica.leaves.look(whole, finds_others=True))

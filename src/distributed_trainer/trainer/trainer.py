@@ -60,9 +60,6 @@ class DistributedTrainer:
     method says whether it is collective (every rank calls it, in the same order) or local, and whether it blocks (waits
     for the other ranks).
 
-    For mixed precision, call `train_step` in a block of `torch.autocast`. In a manual loop, put the model and the loss
-    into that block. `torch.amp.GradScaler` needs a manual loop: see `step`.
-
     Leaving a `with trainer:` block calls `close`. If an exception leaves the block, this rank does not wait for the
     others. A rank that waits for this one then gets a DistributedTrainerError.
 
@@ -137,7 +134,7 @@ class DistributedTrainer:
     def num_skipped_steps(self) -> int:
         """Number of steps that changed no parameter because a gradient was infinite or NaN; the same on every rank.
 
-        Always 0 without `nonfinite_gradients="skip"`.
+        Always 0 without `nonfinite_gradients="skip"` or `precision="float16"`.
         """
         return self._progress.num_skipped_steps
 
@@ -175,8 +172,6 @@ class DistributedTrainer:
 
         Only parameters of the model get gradients. Other tensors may require one, such as inputs by which the model
         differentiates, but their `.grad` stays as it was.
-
-        For mixed precision, call it in a block of `torch.autocast`. `GradScaler` needs a manual loop (`step`).
 
         Args:
             inputs: A tensor on any device, or a nested structure of tensors: tuples (also NamedTuples), lists, dicts
@@ -251,7 +246,8 @@ class DistributedTrainer:
             ValueError: The model has other parameters than at first, with `shard="optimizer"`; or a new parameter has
                 no shape yet. The same on every rank; no parameter has changed.
             FloatingPointError: A gradient is infinite or NaN, with `nonfinite_gradients="raise"` (`step` describes the
-                other values). The same on every rank; no parameter has changed, and training can continue.
+                other values); with `precision="float16"` only if the loss scale has fallen to 1. The same on every
+                rank; no parameter has changed, and training can continue.
             torch.OutOfMemoryError: With `microbatches="auto"`, a single sample is too large for some rank. The same on
                 every rank.
             Exception: The model, the criterion or backward has raised it on any rank. Of the same type on every rank;
@@ -289,6 +285,7 @@ class DistributedTrainer:
             "learning_rate": rates[0],
             **{f"learning_rate_{number}": rate for number, rate in enumerate(rates[1:], 1)},
             "gradient_norm": None if clip_norm is None else self.gradient_norm,
+            "loss_scale": self._progress.loss_scale.value if self._options.scales_loss else None,
         }
         session, num_steps, num_samples = self._session, self._progress.num_steps, self._step.num_samples
         times = clock.end(num_samples)
@@ -305,10 +302,11 @@ class DistributedTrainer:
             with trainer.forward():
                 loss = criterion(model(inputs), targets)
 
-        Inside the block BatchNorm takes the statistics of the global batch. Each call of a model with BatchNorm is then
-        collective and blocks, so every rank calls the model the same number of times. Dropout draws from this rank's
-        own random stream; outside of the block it would draw from the script's. If the model has changed since the last
-        step, its new parameters and buffers become rank 0's; then the call is collective and blocks.
+        Inside the block the trainer's `precision` applies to the model and the loss, and BatchNorm takes the statistics
+        of the global batch. Each call of a model with BatchNorm is then collective and blocks, so every rank calls the
+        model the same number of times. Dropout draws from this rank's own random stream; outside of the block it would
+        draw from the script's. If the model has changed since the last step, its new parameters and buffers become rank
+        0's; then the call is collective and blocks.
 
         Returns:
             The context manager of the block.
@@ -340,9 +338,10 @@ class DistributedTrainer:
             trainer.step(optimizer)
 
         With w_r the weight of rank r and W the sum of all weights, the gradients are those of the sum of (w_r / W)
-        loss_r. `.grad` has the same bits on every rank. This method only adds to `.grad`: clear it with
-        `optimizer.zero_grad()`. To clip, use `step(clip_norm=...)` or any code of yours. Several backwards of one graph
-        are as in plain torch: all but the last with `retain_graph=True`.
+        loss_r. `.grad` has the same bits on every rank, and does not contain the loss scale of `precision="float16"`.
+        This method only adds to `.grad`: clear it with `optimizer.zero_grad()`. To clip, use `step(clip_norm=...)` or
+        any code of yours. Several backwards of one graph are as in plain torch: all but the last with
+        `retain_graph=True`.
 
         Gradients are summed for parameters of this model only. Parameters of other modules, such as a criterion's, and
         other tensors that an optimizer updates are refused. The model of another trainer may get gradients (a
@@ -369,9 +368,9 @@ class DistributedTrainer:
 
         Raises:
             TypeError, ValueError: An argument is not as described above; the model has BatchNorm, or an embedding with
-                `max_norm`, and was not called inside `forward`, or dropout and `forward` was never used; `weight` is
-                not 0 although `is_stand_in` of the loader is True; or the trainer was made with `reproducible`, or is
-                closed.
+                `max_norm`, and was not called inside `forward`; `forward` was never used, and the model has dropout or
+                the trainer `precision`; `weight` is not 0 although `is_stand_in` of the loader is True; or the trainer
+                was made with `reproducible`, or is closed.
             ValueError: A tensor that is not a parameter of the model gets a gradient, as described above; or a hook on
                 a parameter changes the gradient of a part (see `on_gradient`). The same on every rank.
             RuntimeError: No rank's loss has a graph. The same on every rank. (A rank's loss may have none, such as
@@ -465,13 +464,14 @@ class DistributedTrainer:
 
         A gradient that is infinite or NaN spoils the parameters, as in plain torch; with `clip_norm` the norm is NaN or
         infinite too. With `create_distributed_trainer(nonfinite_gradients="skip")` such a step changes no parameter and
-        returns None; with "raise" it raises FloatingPointError on every rank and changes no parameter.
+        returns None; with "raise" it raises FloatingPointError on every rank and changes no parameter. With
+        `create_distributed_trainer(precision="float16")` such a step changes no parameter and halves the loss scale.
 
         Every rank calls it, in the same order. It blocks in steps 1 and 2 and in every hundredth step, in which the
         ranks compare their weights, and in every step with `shard="optimizer"`; in other steps no rank waits. If the
         optimizer is not sharded, `optimizer.step()` and GradScaler's `scaler.step(optimizer)` (after
         `backward(scaler.scale(loss), ...)`) work as well, since all ranks have the same gradients;
-        `nonfinite_gradients` has no effect on them.
+        `nonfinite_gradients` has no effect on them. With `precision="float16"` they raise ValueError.
 
         Args:
             optimizer: Optimizer of the model's parameters, or of some of them; or a list or tuple of optimizers, as in
@@ -479,14 +479,14 @@ class DistributedTrainer:
                 one.
             closure: Function for optimizers that need one (LBFGS): it clears the gradients, calls `backward` and
                 returns the result. The default, None, calls `optimizer.step()` without one. ValueError with several
-                optimizers, `clip_norm` or `shard`.
+                optimizers, `clip_norm`, `shard` or `precision="float16"`.
             clip_norm: Upper limit of the gradients' 2-norm over all parameters of the optimizer, or of all optimizers
                 of a list together, above 0. The default, None, does not clip. ValueError if it is 0 or less, TypeError
                 if it is not a number.
 
         Returns:
             The gradients' 2-norm before clipping, a 0-dimensional tensor, the same on every rank. None without
-            `clip_norm`, and in a step that `nonfinite_gradients="skip"` has skipped.
+            `clip_norm`, and in a step that was skipped.
 
         Raises:
             TypeError, ValueError: An argument is not as described above, the last `backward` was inside `no_sync`, or
@@ -969,8 +969,8 @@ class DistributedTrainer:
 
         The figures are: loss, learning_rate (of the optimizer's first group; with a list of optimizers that of the
         first, and learning_rate_1, learning_rate_2 and so on of the others), gradient_norm (with `clip_norm`),
-        samples_per_second, share_waited (share of the step's time, 0 to 1, that rank 0 waited for other ranks and the
-        exchange) and slowest_rank (the rank whose own work took longest).
+        loss_scale (with `precision="float16"`), samples_per_second, share_waited (share of the step's time, 0 to 1,
+        that rank 0 waited for other ranks and the exchange) and slowest_rank (the rank whose own work took longest).
 
         Args:
             writer: A torch.utils.tensorboard.SummaryWriter, or an object with a method log(dict, step). TypeError for

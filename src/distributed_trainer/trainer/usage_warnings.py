@@ -76,10 +76,15 @@ class UsageWarnings:
             if recovery is None:
                 return
             session = recovery.session
+            if session.replica.needs_update and _updates(optimizer, session.model):
+                raise ValueError(
+                    f"{type(optimizer).__name__}.step() was called by itself. "
+                    'With precision="float16" a step is skipped when gradients overflow: call trainer.step(optimizer), '
+                    "and no GradScaler."
+                )
             if session.progress.has_unsummed_step or not session.replica.gradients.has_unsummed:
                 return
-            parameters = set(session.model.parameters())
-            if any(parameter in parameters for group in optimizer.param_groups for parameter in group["params"]):
+            if _updates(optimizer, session.model):
                 session.progress.has_unsummed_step = True
                 if session.rank == 0:
                     logger.warning(
@@ -148,3 +153,9 @@ class UsageWarnings:
         if [last() for last, *_ in self._last] != list(optimizers):
             both = zip(optimizers, ids, strict=True)
             self._last = [(weakref.ref(optimizer), own, bool(optimizer.state)) for optimizer, own in both]
+
+
+def _updates(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> bool:
+    """Return whether an optimizer has a parameter of the model. Local."""
+    parameters = set(model.parameters())
+    return any(parameter in parameters for group in optimizer.param_groups for parameter in group["params"])
