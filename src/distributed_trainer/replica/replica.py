@@ -585,7 +585,7 @@ class Replica:
 
     @property
     def needs_update(self) -> bool:
-        """Whether an optimizer may step on the present gradients through `update` only, which updates the loss scale."""
+        """Whether an optimizer may step on the present gradients only through `update`, which updates the scale."""
         return self._options.scales_loss and (self._has_new_sums or self._nonfinite_name is not None)
 
     def _update_loss_scale(self) -> None:

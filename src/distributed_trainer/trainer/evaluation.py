@@ -96,6 +96,7 @@ class Evaluation:
             outputs: Outputs of the model.
             targets: Targets.
             num_samples: Number of samples.
+            autocast: Function that returns the context of the criterion.
             records: Losses that the model has computed.
             number: `number_of_items` of the part.
 

@@ -730,8 +730,9 @@ class DistributedTrainer:
                 computes a part of each. With `split_batches=False` it yields batches of this rank alone, in any number.
                 ValueError for elements other than pairs, or if no rank has a sample. Inputs and targets have the forms
                 that `train_step` takes.
-            criterion: Loss function, as in `train_step`; with a `MeanLoss` the loss is the sum of all totals over the sum
-                of all counts. ValueError if it returns one for some batches only. The default, None, computes no loss.
+            criterion: Loss function, as in `train_step`; with a `MeanLoss` the loss is the sum of all totals over the
+                sum of all counts. ValueError if it returns one for some batches only. The default, None, computes no
+                loss.
             metrics: Metrics by name: an object of torchmetrics, which is reset first; or a function of (outputs,
                 targets) that returns a mean over samples, or a tensor of which the mean over all elements is taken,
                 such as `lambda outputs, targets: outputs.argmax(1) == targets`. The default, None, computes no metrics.
