@@ -263,7 +263,8 @@ def test_checkpoint_refused(world, shared_folder):
     run = Run()
     run.train(batches(1))
     run.trainer.save(shared_folder, **run.objects)
-    run.train(batches(1))
+    run.trainer.close()
+    run = Run()
     first, second = run.optimizers
     wrong = [
         ([first], r"optimizer is a list of 2 in .*, but a list of 1 is to be loaded. Pass as many"),
