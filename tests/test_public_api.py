@@ -93,7 +93,7 @@ def test_signatures():
     step = inspect.signature(DistributedTrainer.train_step).parameters
     assert list(step) == [
         *("self", "inputs", "targets", "criterion", "optimizer"),
-        *("microbatches", "weight", "clip_norm"),
+        *("microbatches", "weight", "clip_norm", "check_weight"),
     ]
 
 

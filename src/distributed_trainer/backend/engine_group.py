@@ -6,8 +6,10 @@ Other rooms ask `isinstance(group, EngineGroup)` before they use them: users may
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,23 @@ from .work import Work, in_callback
 
 if TYPE_CHECKING:
     from .._engine import Group, Operation, ReduceOp, WireDtype
+
+
+class _Refusal(threading.local):
+    is_on = False
+
+
+_refusal = _Refusal()
+
+
+@contextlib.contextmanager
+def no_collectives() -> Iterator[None]:
+    """Make collectives of this thread raise RuntimeError in the block, where other ranks may not call them. Local."""
+    _refusal.is_on = True
+    try:
+        yield
+    finally:
+        _refusal.is_on = False
 
 
 class EngineGroup(dist.ProcessGroup):
@@ -133,6 +152,8 @@ class EngineGroup(dist.ProcessGroup):
         All ranks run the collectives of callbacks in the same order, but at different places among the main thread's
         collectives. So the two groups order their collectives separately.
         """
+        if _refusal.is_on:
+            raise RuntimeError("it calls other ranks")
         return self._callback_group if in_callback() else self._main_group
 
     def _start(

@@ -107,6 +107,7 @@ class LossCounts:
         sees_parts: Whether a loss is that of a part of the batch.
         correction: Factor for the gradients and losses of all microbatches but the last; known before its backward.
         has_plain: Whether a term of the last microbatch was weighted by the weight of its part.
+        has_counted: Whether a term of the last microbatch was divided by a count. The same on every rank.
     """
 
     def __init__(self, group: Any, num_microbatches: int) -> None:
@@ -119,7 +120,7 @@ class LossCounts:
         self._sums: list[float] = []  # over all ranks and the microbatches so far
         self._estimates: list[float] = []
         self.correction = 1.0
-        self.has_plain = True
+        self.has_plain, self.has_counted = True, False
 
     def begin(self) -> None:
         """Begin a microbatch. Local."""
@@ -168,7 +169,7 @@ class LossCounts:
                 "the model computes its loss in other ways in some microbatches than in others, so the counts of its "
                 "means are not known. Return MeanLoss(total, count), pass weight=, or use microbatches=1."
             )
-        self.has_plain = Kind.PLAIN in kinds
+        self.has_plain, self.has_counted = Kind.PLAIN in kinds, set(kinds) != {Kind.PLAIN}
         if set(kinds) == {Kind.PLAIN}:
             return by_weight
         counts = self._add(rows, kinds)

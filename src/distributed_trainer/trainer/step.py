@@ -17,15 +17,16 @@ from ..checkpoint.checkpointer import Checkpointer
 from ..data.batch import call_model, to_device
 from ..data.handshake import StepFlags
 from ..data.loss_weight import MeanLoss, Weighted, is_known, local_loss, loss_terms, map_terms, weighted_loss
-from ..data.mean_loss import LossCounts, RankState, Summand
+from ..data.mean_loss import Kind, LossCounts, RankState, Summand
 from ..data.model_loss import Record, computes_loss, number_of_items, recording, summands_of
-from ..data.partition import Microbatch, dummies_of
+from ..data.partition import Given, Microbatch, dummies_of
 from ..errors import DistributedTrainerError, MismatchError
 from ..launch.call_sites import note_exception
 from ..metrics.step_clock import AGREEMENT, BACKWARD, EXCHANGE, FORWARD, StepClock
 from ..options import TrainerOptions
 from .auto_microbatch import MicrobatchesTooLarge
 from .session import Session
+from .weight_check import WeightCheck
 
 
 class ReplacementWaits(Exception):
@@ -45,6 +46,7 @@ class TrainStep:
         num_samples: Number of samples of the last step's global batch, divided by the number of ranks.
         has_plain: Whether a term of the last step's loss counted by the weight of its part.
         computes_loss: Whether the model computes its loss as those of transformers do; None before the first step.
+        weight_check: Check of the weight with which parts of a batch count.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class TrainStep:
     ) -> None:
         self._device, self._clock, self._checkpointer = device, clock, checkpointer
         self.num_samples = 0.0
+        self.weight_check = WeightCheck(device)
         self._num_values = 2  # length of the sums in a step: terms of the loss, and whether the step is logged
         self._counts: LossCounts | None = None  # if the mean of the present step's criterion is not known
         self.has_plain = True
@@ -69,6 +72,7 @@ class TrainStep:
         place: int,
         is_logged: bool,
         other_flags: int,
+        checks_weight: bool,
         num_microbatches: int,
     ) -> tuple[list[float], Any]:
         """Compute a step up to the summed gradients. Collective, blocks.
@@ -83,6 +87,7 @@ class TrainStep:
             place: `DataPosition.place_of` of a part.
             is_logged: Whether this rank is to log the step.
             other_flags: This rank's `StepFlags`, besides those about saves.
+            checks_weight: Whether to make the `WeightCheck` of a criterion that has had none.
             num_microbatches: Number of microbatches; each is computed in `Session.num_pieces` pieces.
 
         Returns:
@@ -117,6 +122,7 @@ class TrainStep:
                 raise ReplacementWaits
         replica.follow(flags)
         replica.start(flags)
+        self.weight_check.start(criterion, checks_weight and sees_parts)
         clock.mark(AGREEMENT)
         self._prepare_counts(session, criterion, len(batch.microbatches))
         began = clock.computed() - replica.waited_seconds
@@ -130,6 +136,8 @@ class TrainStep:
                 replica.combine_buffers(microbatch.num_samples if is_complete else 0)
         if self._counts is not None:
             self.has_plain = self._counts.has_plain
+            if self._counts.has_counted:
+                self.weight_check.cancel()
             values[:-1] = [[term * self._counts.correction for term in terms] for terms in values[:-1]]
         replica.check_batchnorm()
         if session.auto_microbatch.ranks_lack_memory():
@@ -138,6 +146,8 @@ class TrainStep:
         values = [[*map(float, terms), is_logged] for terms in values]
         if replica.failure is not None:
             self._raise_together(session, replica.failure)
+        given, is_cut = Given(inputs, targets, criterion, session.handshake.rule), is_whole or num_microbatches > 1
+        replica.object(self.weight_check.compare(session.model, given, is_cut, session.rank))
         result = replica.finish(values, loss, batch.source, batch.num_samples > 0)
         self._num_values = len(values[0]) if values else 0  # a rank may have no shard
         clock.mark(EXCHANGE)
@@ -259,11 +269,12 @@ class TrainStep:
         if counts is not None:
             loss = criterion(outputs, targets)
             self._clock.mark(FORWARD)
-            loss = self._scale(session, counts, loss, records, microbatch, total)
+            loss = self._scale(session, counts, loss, outputs, records, microbatch, total)
             self._clock.mark(AGREEMENT)
         elif microbatch.is_dummy:
             loss = criterion(outputs, targets)
         else:
+            self.weight_check.look(microbatch.given, microbatch.num_samples, outputs)
             loss = local_loss(criterion, outputs, targets, microbatch.weight, total)
             if is_reproducible and not all(record.is_over_all for record in records):
                 session.replica.object(
@@ -278,6 +289,7 @@ class TrainStep:
         session: Session,
         counts: LossCounts,
         loss: Any,
+        outputs: Any,
         records: list[Record],
         microbatch: Microbatch,
         total: float,
@@ -288,6 +300,7 @@ class TrainStep:
             session: The ranks.
             counts: Counts of the step.
             loss: Result of the criterion for this part.
+            outputs: Outputs of the model for this part.
             records: Losses that the model has computed.
             microbatch: This part.
             total: Weight of the batch.
@@ -307,6 +320,10 @@ class TrainStep:
             number = number_of_items(microbatch.inputs)
             for index, term in enumerate(returned):
                 summands += summands_of(term, index, records, number, weight)
+            if all(summand.kind == Kind.PLAIN for summand in summands):
+                self.weight_check.look(microbatch.given, microbatch.num_samples, outputs)
+            else:
+                self.weight_check.cancel()
         if isinstance(criterion, Weighted):
             counts.check_weight(summands, state, weight)
             return loss if microbatch.is_dummy else weighted_loss(loss, weight, total)

@@ -157,6 +157,7 @@ class DistributedTrainer:
         microbatches: int | Literal["auto"] = 1,
         weight: Callable[[Any], Any] | float | None = None,
         clip_norm: float | None = None,
+        check_weight: bool = True,
     ) -> Any:
         """Train one step on the global batch: forward, backward, mean over all ranks, `optimizer.step()`.
 
@@ -225,6 +226,11 @@ class DistributedTrainer:
                 of a list together, above 0; larger gradients are scaled down to it. `trainer.gradient_norm` is then the
                 norm before clipping. The default, None, does not clip. ValueError if it is 0 or less, TypeError if it
                 is not a number.
+            check_weight: Check the weight of parts in the first step with a criterion that is not one of torch's, or
+                with a `weight` function: each rank compares the loss of two parts of its samples, weighted, with that
+                of all. It costs a few calls of the criterion, and if the model computes the loss, forwards in
+                evaluation mode; one line on rank 0 says how long it took. docs/training.md says what it finds. The
+                default is True. Pass False if the loss is meant to compare the samples of each part with each other.
 
         Returns:
             The loss of the global batch, 0-dimensional and detached, with the same bits on every rank. If the criterion
@@ -237,6 +243,8 @@ class DistributedTrainer:
             ValueError: The loss depends on a parameter of another module, such as a criterion's, or on another tensor
                 that an optimizer updates; or a hook on a parameter changes the gradient of a part (see `on_gradient`).
                 The same on every rank; the optimizer has not stepped.
+            ValueError: `check_weight` has found that the loss of parts, weighted, is not that of the whole. The same on
+                every rank; no parameter has changed.
             RuntimeError: The loss has no graph, on any rank. The same on every rank.
             MismatchError: Ranks return `MeanLoss` in different terms. The same on every rank.
             MismatchError: The ranks' batches differ, although the trainer takes whole batches (`split_batches=True`
@@ -270,7 +278,7 @@ class DistributedTrainer:
             is_logged = session.rank == 0 and self._reporter.is_due(self._progress.num_steps + 1)
             place = 0 if is_whole else self._position.place_of(inputs, targets)
             batch = inputs, targets, criterion, counts, is_whole, place
-            run = functools.partial(self._step.run, session, *batch, is_logged, flags)
+            run = functools.partial(self._step.run, session, *batch, is_logged, flags, check_weight)
             return run(microbatches) if isinstance(microbatches, int) else session.auto_microbatch.run(run)
 
         def update(session: Session, is_alone: bool) -> None:
@@ -278,8 +286,12 @@ class DistributedTrainer:
 
         (*totals, num_logging), loss = self._recovery.run(StepAttempt(inputs, targets, compute, update))
         clock.mark(OPTIMIZER)
-        if self._step.has_plain and self.is_main and self.world_size > 1:
-            self._warnings.about_criterion(criterion, bool(self._step.computes_loss))
+        if self.is_main:
+            check = self._step.weight_check
+            if (line := check.report()) is not None:
+                print(f"distributed_trainer: {line}", flush=True)
+            if self._step.has_plain and self.world_size > 1:
+                self._warnings.about_criterion(criterion, bool(self._step.computes_loss), check.has_passed)
         rates = [one.param_groups[0].get("lr") for one in optimizers]
         figures = {
             "learning_rate": rates[0],

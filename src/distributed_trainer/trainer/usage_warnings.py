@@ -34,17 +34,20 @@ class UsageWarnings:
         self._finalizers: list[weakref.finalize[[], Any]] = []
         self.is_used = False  # whether the script has called the trainer for more than loaders and parts of batches
 
-    def about_criterion(self, criterion: Callable[..., Any], is_of_model: bool) -> None:
+    def about_criterion(self, criterion: Callable[..., Any], is_of_model: bool, is_checked: bool) -> None:
         """Warn of a loss whose mean is not known. Local.
 
         Args:
             criterion: The loss, of which at least a term counted by the number of samples.
             is_of_model: Whether the model computes losses, such as `outputs.loss`.
+            is_checked: Whether a `WeightCheck` has passed: then there is no warning.
         """
         name = criterion_name(criterion)
         if name in self._criteria:
             return
         self._criteria.add(name)
+        if is_checked:
+            return
         if is_of_model:
             logger.warning(
                 "%s returns a loss, or a summand of one, that is not a loss of torch which the model computes in "
