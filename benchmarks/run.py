@@ -52,7 +52,7 @@ LAUNCHES = [
     Launch("training_step.py", words=("--seconds", "10"), label=KEPT),
     Launch("training_step.py", words=("--seconds", "10"), variables=(("DTRAIN_MALLOC", "default"),), label=DEFAULT),
     Launch("training_step.py", num_ranks=4, words=("--seconds", "10", "--only-mlp"), label=KEPT),
-    Launch("loading.py", words=("--seconds", "10")),
+    Launch("loading.py", words=("--seconds", "5")),
     Launch("memory.py", num_ranks=None),
 ]
 

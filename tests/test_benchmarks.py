@@ -30,7 +30,11 @@ COLLECTIVES = {
     ),
     "Largest time over gloo's": (["ratio"], [*OPERATIONS, "barrier"]),
 }
-LOADING = {"An epoch": (["whole batches", "trainer.loader", "nothing read"], ["epoch"])}
+KINDS = ["shuffled", "sampler", "batch_sampler", "stream", "sharded stream"]
+LOADING = {
+    "An epoch": (["whole batches", "trainer.loader", "nothing read"], ["epoch"]),
+    "Loaders": (["torch", "trainer.loader"], [*KINDS, *(f"{kind}, 2 workers" for kind in KINDS)]),
+}
 MEMORY = {"Memory": (["plain", "ours", "ours, sharded"], ["MLP"])}
 
 

@@ -168,12 +168,12 @@ class ShardedDataLoader:
 
     def parts(self) -> Iterator[Any]:
         """Return the same as an iteration by the script, for the trainer's own use (`LoaderPosition.is_read`)."""
-        if self._split()(_MANY) != (0, _MANY):
-            _refuse_update_bn(sys._getframe())
         return _Epoch(self)
 
     def _begin(self) -> Iterator[Any]:
         """Begin an epoch, or the rest of one; return an iterator over what is read."""
+        if self._split()(_MANY) != (0, _MANY):
+            _refuse_update_bn(sys._getframe())
         position = self.position
         if position.num_read and not self.resumes:  # the last iteration ended early
             position.end_epoch()
