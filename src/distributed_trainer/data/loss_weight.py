@@ -87,7 +87,7 @@ _MEANS: dict[Any, str] = {
 }
 if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13 and newer
     _MEANS[nn.LinearCrossEntropyLoss.forward] = _CLASS_WEIGHTS
-FUNCTIONS = tuple(key for key in _MEANS if getattr(F, key.__name__, None) is key)
+FUNCTIONS: tuple[Any, ...] = tuple(key for key in _MEANS if getattr(F, key.__name__, None) is key)
 """The functions of torch.nn.functional among these losses."""
 # Arguments of a functools.partial that change the definition of its mean: the deprecated forms of `reduction`, and for
 # the functions of _DIVIDE_BY_WEIGHT the weight, by which they divide.

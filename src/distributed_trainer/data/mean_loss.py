@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 import math
 import struct
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -49,7 +50,8 @@ class Kind(enum.IntEnum):
     """Sum of torch that the model has divided by a number from the batch, `num_items_in_batch`."""
 
 
-class Summand(NamedTuple):
+@dataclass(frozen=True)
+class Summand:
     """Summand of a term of the loss, on this rank's part."""
 
     kind: int
@@ -93,7 +95,7 @@ class _Row(NamedTuple):
 
 def _as_kind(summand: Summand, kind: int) -> Summand:
     """Return a summand of this kind: a SUM may have turned out to be the mean over the rank's part. Local."""
-    return summand if summand.kind == kind else summand._replace(kind=kind, factor=1.0)
+    return summand if summand.kind == kind else replace(summand, kind=kind, factor=1.0)
 
 
 class LossCounts:

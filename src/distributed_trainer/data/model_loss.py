@@ -17,7 +17,8 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,8 @@ _LINEAR = (
 )
 
 
-class Record(NamedTuple):
+@dataclass(frozen=True)
+class Record:
     """A loss of torch that was called in forward."""
 
     result: Tensor
@@ -68,7 +70,7 @@ def with_plain_number(inputs: Any) -> Any:
 @contextlib.contextmanager
 def recording(records: list[Record]) -> Iterator[None]:
     """Append the calls of torch's losses in the block to `records`. Local."""
-    originals = {function.__name__: function for function in FUNCTIONS}
+    originals: dict[str, Any] = {function.__name__: function for function in FUNCTIONS}
     replaced = {name: function for name, function in originals.items() if getattr(F, name) is function}
     for name, function in replaced.items():
         setattr(F, name, _recorder(function, records))
@@ -141,7 +143,7 @@ def summands_of(
         return [plain]
     rest = loss - torch.stack([part.to(loss.dtype).reshape(loss.shape) for part in parts]).sum(0)
     is_complete = _is_linear(loss, results) and not abs(rest.item()) > 1e-4 * abs(loss.item())
-    return found if is_complete else [*found, plain._replace(value=rest)]
+    return found if is_complete else [*found, replace(plain, value=rest)]
 
 
 def _is_linear(loss: Tensor, results: list[Tensor]) -> bool:
