@@ -34,6 +34,7 @@ NAMES = [
 ]
 MEMBERS = [
     *(
+        "any",
         "backward",
         "batches",
         "close",
@@ -41,6 +42,7 @@ MEMBERS = [
         "evaluate",
         "export",
         "forward",
+        "gather",
         "gradient_norm",
         "is_main",
         "load",
@@ -50,8 +52,8 @@ MEMBERS = [
         "log_to",
         "no_sync",
     ),
-    *("num_skipped_steps", "on_gradient", "profile", "progress", "rank", "resume", "save", "split", "step", "summary"),
-    *("train_step", "update_bn", "world_size"),
+    *("num_skipped_steps", "on_gradient", "profile", "progress", "rank", "reduce", "resume", "save", "split", "step"),
+    *("summary", "train_step", "update_bn", "world_size"),
 ]
 ATTRIBUTES = ["device", "model"]
 RETURNED = [ShardedDataLoader, Summary]

@@ -26,8 +26,9 @@ from .engine_group import EngineGroup
 
 _Result = TypeVar("_Result")
 
-# Bytes of the first message of `gather_objects` and `gather_json`: the engine finds ranks that are in different ones.
-_PICKLED, _JSON = 8, 9
+# Bytes of the first message of `gather_objects`, of `gather_json`, and of `gather_objects` in calls of the script: the
+# engine finds ranks that are in different ones.
+_PICKLED, _JSON, SCRIPT_CALL = 8, 9, 10
 
 # Types that an error of one rank can have on the other ranks. If several in `keep` fit, the first is taken.
 _ERROR_TYPES = {
@@ -58,9 +59,9 @@ def gather_bytes(process_group: dist.ProcessGroup, message: bytes) -> list[bytes
     return [data[start : start + len(message)] for start in range(0, len(data), len(message))]
 
 
-def gather_objects(process_group: dist.ProcessGroup, value: Any) -> list[Any]:
+def gather_objects(process_group: dist.ProcessGroup, value: Any, header_bytes: int = _PICKLED) -> list[Any]:
     """Gather a picklable object from each rank of any process group, by rank. Collective, blocks."""
-    return [pickle.loads(row) for row in _gather_unequal(process_group, pickle.dumps(value), _PICKLED)]
+    return [pickle.loads(row) for row in _gather_unequal(process_group, pickle.dumps(value), header_bytes)]
 
 
 def gather_json(process_group: dist.ProcessGroup, value: Any) -> list[Any]:
@@ -151,12 +152,23 @@ def raise_alike(process_group: dist.ProcessGroup, error: Exception | None) -> No
         process_group: Any process group of torch.
         error: This rank's exception, None if it has none.
     """
-    own = None if error is None else (_pickled(error), "".join(traceback.format_exception(error)))
-    for rank, row in enumerate(gather_objects(process_group, own)):
+    for rank, row in enumerate(gather_objects(process_group, None if error is None else pack_exception(error))):
         if row is not None:
             if rank == process_group.rank() and error is not None:
                 raise error
-            raise pickle.loads(row[0]) from RankTraceback(f"raised on rank {rank}:\n{row[1]}")
+            raise unpack_exception(row, rank)
+
+
+def pack_exception(error: Exception) -> tuple[bytes, str]:
+    """Return values that can be pickled, for `unpack_exception` on another rank. Local."""
+    return _pickled(error), "".join(traceback.format_exception(error))
+
+
+def unpack_exception(packed: tuple[bytes, str], rank: int) -> Exception:
+    """Return another rank's exception, with its traceback there as cause. Local."""
+    error: Exception = pickle.loads(packed[0])
+    error.__cause__ = RankTraceback(f"raised on rank {rank}:\n{packed[1]}")
+    return error
 
 
 def _pickled(error: Exception) -> bytes:

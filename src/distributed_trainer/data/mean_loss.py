@@ -2,9 +2,9 @@
 """Losses whose denominators are known only after forward: those of `MeanLoss`, and those that a model computes.
 
 The mean over a batch is the sum of the parts' totals over the sum of their counts. So the ranks exchange their counts
-between forward and backward of each microbatch, in one message of fixed length, and each rank divides by the sum before
-its backward. A rank whose forward has raised sends that in the same message, since it cannot know what the criterion
-would have returned. So ranks make the exchange for every criterion whose mean is not known from the targets.
+between forward and backward of each microbatch, and each rank divides by the sum before its backward. A rank whose
+forward has raised says so in place of it (`replica/script_calls.py`), since it cannot know what the criterion would
+have returned. So ranks make the exchange for every criterion whose mean is not known from the targets.
 
 With several microbatches the sum of the counts is known only before the last backward. Earlier microbatches divide by
 an estimate, and what they have added up on this rank is multiplied by `LossCounts.correction` before the last backward.
@@ -14,27 +14,14 @@ from __future__ import annotations
 
 import enum
 import math
-import struct
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from ..backend.gather import gather_bytes
 from ..errors import MismatchError
 
-_NUM_FIRST = 8  # summands in the first message; a second one, which the first announces, has the others
-_HEADER = struct.Struct("<4sBHH")  # magic, state of the rank, numbers of terms and of summands
-_SUMMAND = struct.Struct("<BHdd")  # kind, number of the term, count, factor
-_MAGIC = b"mean"  # a rank that waits for statistics of BatchNorm may by chance send as many bytes
-
-
-class RankState(enum.IntEnum):
-    """State of a rank's microbatch."""
-
-    HAS_LOSS = 0
-    IS_DUMMY = 1
-    HAS_FAILED = 2
+_CALL = "the exchange of the loss's counts"
 
 
 class Kind(enum.IntEnum):
@@ -82,9 +69,9 @@ class Summand:
 
 
 class _Row(NamedTuple):
-    """Message of a rank."""
+    """Message of a rank that has samples."""
 
-    state: int
+    rank: int
     num_terms: int
     summands: list[Summand]
 
@@ -98,69 +85,69 @@ def _as_kind(summand: Summand, kind: int) -> Summand:
     return summand if summand.kind == kind else replace(summand, kind=kind, factor=1.0)
 
 
+class Calls(Protocol):
+    """The part of `ScriptCalls` that is used here."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks."""
+
+    def exchange(self, call: str, value: Any) -> list[tuple[Any, bool]]:
+        """Return each rank's value, and whether its samples count. Collective, blocks."""
+
+
 class LossCounts:
     """Counts of a step's means, over all ranks and microbatches.
 
     Args:
-        group: Process group of the ranks.
+        calls: Calls between the ranks in forward.
         num_microbatches: Number of microbatches, the same on every rank.
 
     Attributes:
+        is_exchanged: Whether the ranks have exchanged the counts of the present microbatch.
         sees_parts: Whether a loss is that of a part of the batch.
         correction: Factor for the gradients and losses of all microbatches but the last; known before its backward.
         has_plain: Whether a term of the last microbatch was weighted by the weight of its part.
-        has_counted: Whether a term of the last microbatch was divided by a count. The same on every rank.
     """
 
-    def __init__(self, group: Any, num_microbatches: int) -> None:
-        self._group, self._num_microbatches = group, num_microbatches
-        self._size: int = group.size()
-        self.sees_parts = self._size > 1 or num_microbatches > 1
+    def __init__(self, calls: Calls, num_microbatches: int) -> None:
+        self._calls, self._num_microbatches = calls, num_microbatches
+        self.sees_parts = calls.num_ranks > 1 or num_microbatches > 1
         self._number = 0
-        self._is_exchanged = False
+        self.is_exchanged = False
         self._kinds: list[int] | None = None  # in the first microbatch with a loss
         self._sums: list[float] = []  # over all ranks and the microbatches so far
         self._estimates: list[float] = []
         self.correction = 1.0
-        self.has_plain, self.has_counted = True, False
+        self.has_plain = True
 
     def begin(self) -> None:
         """Begin a microbatch. Local."""
-        self._is_exchanged = False
+        self.is_exchanged = False
         self._number += 1
 
-    def fail(self) -> None:
-        """Report to the other ranks that this rank's microbatch has failed, unless they know. Collective, blocks."""
-        if not self._is_exchanged:
-            self._gather([], RankState.HAS_FAILED, 0)
-
     def scale(
-        self, terms: list[Tensor], summands: list[Summand], state: RankState, weight: float, total: float
+        self, terms: list[Tensor], summands: list[Summand], is_dummy: bool, weight: float, total: float
     ) -> list[Tensor]:
         """Return this part's share of each term of the global loss. Collective, blocks; local once it was exchanged.
 
         Args:
             terms: Terms of the loss of this part, as the criterion returns them.
             summands: Summands of these terms.
-            state: State of this rank.
+            is_dummy: Whether this rank's samples count for nothing.
             weight: Weight of this part.
             total: Weight of the batch.
 
         Raises:
+            Exception: A rank has failed. The same on every rank.
             MismatchError: Ranks return `MeanLoss` in different terms. The same on every rank.
             ValueError: `num_items_in_batch` is not that of the batch, or several means of a step in microbatches do not
                 have counts in proportion. The same on every rank.
         """
-        if state == RankState.HAS_LOSS and weight != total:
-            by_weight = [term * (weight / total) for term in terms]
-        else:
-            by_weight = terms
-        if self._is_exchanged:
+        by_weight = terms if is_dummy or weight == total else [term * (weight / total) for term in terms]
+        if self.is_exchanged:
             return by_weight  # the loss of a dummy after a failure, which is not used
-        rows = self._gather(summands, state, len(terms))
-        if any(row.state == RankState.HAS_FAILED for row in rows):
-            return by_weight  # every rank raises that rank's error at the end of the step
-        rows = [row for row in rows if row.state == RankState.HAS_LOSS]
+        rows = self._gather(summands, len(terms))
         if not rows:
             return by_weight
         kinds = self._agree(rows)
@@ -171,11 +158,11 @@ class LossCounts:
                 "the model computes its loss in other ways in some microbatches than in others, so the counts of its "
                 "means are not known. Return MeanLoss(total, count), pass weight=, or use microbatches=1."
             )
-        self.has_plain, self.has_counted = Kind.PLAIN in kinds, set(kinds) != {Kind.PLAIN}
+        self.has_plain = Kind.PLAIN in kinds
         if set(kinds) == {Kind.PLAIN}:
             return by_weight
         counts = self._add(rows, kinds)
-        if state != RankState.HAS_LOSS:
+        if is_dummy:
             return by_weight
         scaled: dict[int, Tensor] = {}
         for kind, summand, count in zip(kinds, summands, counts, strict=True):
@@ -183,23 +170,23 @@ class LossCounts:
             scaled[summand.term] = scaled[summand.term] + share if summand.term in scaled else share
         return list(scaled.values())
 
-    def check_weight(self, summands: list[Summand], state: RankState, weight: float) -> None:
+    def check_weight(self, summands: list[Summand], weight: float) -> None:
         """Compare `weight=` with the counts of the means that the model has computed. Collective, blocks.
 
         Args:
-            summands: Summands of the loss.
-            state: State of this rank.
+            summands: Summands of the loss; none for a dummy.
             weight: Weight of this part.
 
         Raises:
+            Exception: A rank has failed. The same on every rank.
             ValueError: The parts' weights are not in proportion to the counts. The same on every rank.
         """
-        if self._is_exchanged:
+        if self.is_exchanged:
             return
         counted = [one for one in summands if one.kind == Kind.MODEL]
-        rows = self._gather([Summand(Kind.PLAIN, 0, None, weight), *counted], state, 1)
-        known = [(rank, row.summands) for rank, row in enumerate(rows) if row.state == RankState.HAS_LOSS]
-        if any(row.state == RankState.HAS_FAILED for row in rows) or len({len(of) for _, of in known}) > 1:
+        rows = self._gather([Summand(Kind.PLAIN, 0, None, weight), *counted], 1)
+        known = [(row.rank, row.summands) for row in rows]
+        if len({len(of) for _, of in known}) > 1:
             return
         columns = list(zip(*([one.count for one in of] for _, of in known), strict=True))
         for (rank, _), (own, *counts) in zip(known, zip(*columns, strict=True), strict=True):
@@ -213,34 +200,14 @@ class LossCounts:
                         f"lambda labels: (labels[:, 1:] != -100).sum().)"
                     )
 
-    def _gather(self, summands: list[Summand], state: RankState, num_terms: int) -> list[_Row]:
-        """Exchange the counts of the ranks' means. Collective, blocks."""
-        self._is_exchanged = True
-        if self._size == 1:
-            return [_Row(state, num_terms, summands)]
-        packed = [_SUMMAND.pack(one.kind, one.term, one.count, one.factor) for one in summands]
-        first, others = b"".join(packed[:_NUM_FIRST]), b"".join(packed[_NUM_FIRST:])
-        header = _HEADER.pack(_MAGIC, state, num_terms, len(summands))
-        rows = gather_bytes(self._group, header + first.ljust(_NUM_FIRST * _SUMMAND.size, b"\0"))
-        headers = [_HEADER.unpack_from(row) for row in rows]
-        for rank, (magic, *_) in enumerate(headers):
-            if magic != _MAGIC:
-                raise MismatchError(
-                    f"rank {self._group.rank()} has computed its loss, but rank {rank} calls another module with "
-                    f"BatchNorm: call the same modules on every rank"
-                )
-        data = [row[_HEADER.size :] for row in rows]
-        num_others = max(number for *_, number in headers) - _NUM_FIRST
-        if num_others > 0:
-            more = gather_bytes(self._group, others.ljust(num_others * _SUMMAND.size, b"\0"))
-            data = [row + rest for row, rest in zip(data, more, strict=True)]
+    def _gather(self, summands: list[Summand], num_terms: int) -> list[_Row]:
+        """Exchange the counts of the ranks' means; return those of ranks with samples. Collective, blocks."""
+        self.is_exchanged = True
+        own = num_terms, [(int(one.kind), one.term, one.count, one.factor) for one in summands]
         return [
-            _Row(
-                of_state,
-                of_terms,
-                [Summand(kind, term, None, *numbers) for kind, term, *numbers in _SUMMAND.iter_unpack(row)][:number],
-            )
-            for (_, of_state, of_terms, number), row in zip(headers, data, strict=True)
+            _Row(rank, of_terms, [Summand(kind, term, None, *numbers) for kind, term, *numbers in of])
+            for rank, ((of_terms, of), counts) in enumerate(self._calls.exchange(_CALL, own))
+            if counts
         ]
 
     def _agree(self, rows: list[_Row]) -> list[int]:

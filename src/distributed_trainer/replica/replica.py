@@ -31,6 +31,7 @@ from .divergence import DivergenceCheck
 from .leaves import LeafCheck
 from .max_norm import GlobalMaxNorm, max_norm_modules
 from .model_state import align_models
+from .script_calls import ScriptCalls
 from .shared_buffers import SharedBuffers
 from .streams import StepStreams
 from .structure import ModelStructure, follow
@@ -66,6 +67,8 @@ class Progress:
     """Scale of the loss, used with `precision="float16"` only."""
     has_warned_of_nonfinite: bool = False
     """Whether rank 0 has warned of a step that was skipped."""
+    makes_script_calls: bool = False
+    """Whether a forward or backward has ever made one of `ScriptCalls`; the same on every rank."""
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -92,6 +95,7 @@ class Replica:
         streams: Random streams from which the model draws.
         leaves: Check of what gets gradients besides the model.
         divergence: Check that the ranks' weights are the same.
+        script_calls: Calls of the script that bring the ranks' values together, such as `DistributedTrainer.gather`.
         failure: Exception of this rank's forward or backward in the present step, None if there was none. `finish`
             raises it on every rank.
         buffers_synced: Whether the last `finish` that passed the commit point has returned, so that buffers are the
@@ -130,6 +134,7 @@ class Replica:
             align_models(model, self._group)
             progress.seed = rng.share(self._group, device, alike=options.split_batches)
         self.streams = StepStreams(self._group.rank(), device)
+        self.script_calls = ScriptCalls(self._group, progress)
         self._has_changed = False
         self._accepted: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[int]] = weakref.WeakKeyDictionary()
         self._set_up(gradient_group)
@@ -306,19 +311,21 @@ class Replica:
     def _as_one_process(self, **options: bool) -> contextlib.AbstractContextManager[object]:
         self.streams.begin_microbatch(self.step_key)
         stack = contextlib.ExitStack()
+        stack.enter_context(self.script_calls.active(**options))
         for modules in (self._batchnorm, self._max_norm):
             if modules:
                 stack.enter_context(modules.active(**options))
         return stack
 
     @contextlib.contextmanager
-    def around_evaluation(self, number: int) -> Iterator[None]:
+    def around_evaluation(self, number: int, is_dummy: bool = False) -> Iterator[None]:
         """Surround the evaluation of batch `number`: the script's random streams stay as they are. Local, 0.1 ms.
 
-        A rank with an empty part does not call the model, so `random` and NumPy have streams of the batch here.
+        A rank with an empty part does not call the model, so `random` and NumPy have streams of the batch here. If the
+        script calls the other ranks there, the rank runs a dummy.
         """
         key = *self.step_key, "evaluate", number
-        with rng.preserved(), self.streams.active():
+        with rng.preserved(), self.streams.active(), self.script_calls.active(is_dummy):
             rng.seed_host(rng.mix(*key))
             self.streams.begin(key, self._group.rank())
             yield
@@ -372,6 +379,7 @@ class Replica:
         """
         has_graph, scale = loss.requires_grad, self.gradients.loss_scale
         self._num_graphs += has_graph and not is_dummy
+        gathered = self.script_calls.take_results()  # other ranks' losses may depend on them, if this rank's does not
         if has_graph:
             with contextlib.ExitStack() as stack:
                 if scale is not None:
@@ -380,9 +388,13 @@ class Replica:
                         handle = leaf.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
                         stack.callback(handle.remove)
                 stack.enter_context(self.gradients.backward(leave_out=is_dummy, is_last=is_last))
-                loss.backward(inputs=inputs, **options)  # type: ignore[no-untyped-call]  # torch has no types here
-        elif self.is_forward_collective:
-            roots = [tensor for tensor in tensors(outputs) if tensor.requires_grad]
+                if gathered:
+                    zeros = map(torch.zeros_like, gathered)
+                    torch.autograd.backward([loss, *gathered], [None, *zeros], inputs=inputs, **options)
+                else:
+                    loss.backward(inputs=inputs, **options)  # type: ignore[no-untyped-call]  # torch has no types here
+        elif self.is_forward_collective or gathered:
+            roots = [tensor for tensor in tensors(outputs) if tensor.requires_grad] + gathered
             with self._reducer.backward(leave_out=is_dummy, is_last=is_last, ignores_zeros=True):
                 if roots:
                     torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots], inputs=inputs, **options)

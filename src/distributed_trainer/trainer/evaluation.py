@@ -145,6 +145,13 @@ class Evaluation:
             if summand.value is not None
         ]
 
+    def run_dummy(self, outputs: Any, targets: Any) -> None:
+        """Make the calls of `add` for samples that do not count. Local."""
+        if self._criterion is not None:
+            self._criterion(outputs, targets)
+        for function in self._functions.values():
+            function(outputs, targets)
+
     def result(self, group: Any) -> dict[str, Any]:
         """Compute the result of `DistributedTrainer.evaluate`. Collective, blocks.
 
@@ -216,6 +223,7 @@ def evaluate(
     evaluation: Evaluation,
     group: Any,
     device: torch.device,
+    dummy: Callable[[Any, Any], tuple[Any, ...]],
 ) -> dict[str, Any]:
     """Run the model over this rank's parts. Collective, blocks.
 
@@ -227,32 +235,46 @@ def evaluate(
         evaluation: Adds up the results.
         group: Process group of the ranks.
         device: Where this rank computes.
+        dummy: Called with inputs and targets of an empty part; returns those of a dummy.
 
     Raises:
         ValueError: There are no samples on any rank. The same on every rank.
         Exception: A part cannot be counted, or the model, the criterion or a metric has raised on any rank. The same on
             every rank.
     """
+    calls = replica.script_calls
 
     def count(number: int, own_inputs: Any, own_targets: Any, num_samples: int | None) -> None:
-        if num_samples != 0:
-            inputs, targets = to_device((own_inputs, own_targets), device)
-            records: list[Record] = []
-            with replica.around_evaluation(number):
-                with replica.autocast(), recording(records) if finds_means else contextlib.nullcontext():
-                    outputs = call_model(replica.model, inputs)
+        is_dummy = num_samples == 0
+        if is_dummy and not calls.are_used:
+            return
+        own = dummy(own_inputs, own_targets)[:2] if is_dummy else (own_inputs, own_targets)
+        inputs, targets = to_device(own, device)
+        records: list[Record] = []
+        with replica.around_evaluation(number, is_dummy):
+            with replica.autocast(), recording(records) if finds_means else contextlib.nullcontext():
+                outputs = call_model(replica.model, inputs)
+            if is_dummy:
+                with replica.autocast():
+                    evaluation.run_dummy(outputs, targets)
+            else:
                 evaluation.add(outputs, targets, num_samples, replica.autocast, records, number_of_items(inputs))
 
     finds_means = evaluation.finds_means and computes_loss(replica.model)
-    with evaluating(replica.model):
+    with evaluating(replica.model), calls.step():
         try:
             for number, part in enumerate(parts):
                 try:
                     count(number, *part)
                 except Exception as error:
-                    evaluation.error = error
-                    if evaluation.is_local:
-                        break
+                    if isinstance(error, DistributedTrainerError) and calls.told is None:
+                        raise
+                    if calls.told is None:
+                        evaluation.error = error
+                        calls.fail(error)
+                calls.finish()
+                if evaluation.is_local and (evaluation.error is not None or calls.is_over):
+                    break
         except Exception as error:
             if not evaluation.is_local or isinstance(error, DistributedTrainerError):
                 raise

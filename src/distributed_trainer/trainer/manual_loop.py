@@ -151,6 +151,12 @@ class ManualLoop:
                 "statistics. If the rank has samples, but none with a loss, return sums and pass weight=None on every "
                 "rank. If it has no samples, use train_step."
             )
+        if replica.script_calls.take_has_counted() and is_dummy:
+            refusal = refusal or (
+                "weight=0 does not go with rows that trainer.gather has brought to the other ranks: their losses count "
+                "this rank's samples. Without samples, call trainer.gather(rows[:0]). If the rank has samples, but "
+                "none with a loss, return sums and pass weight=None on every rank."
+            )
         replica.check_batchnorm()  # all forwards are over
         losses, fractions, flags = self._exchange(session, loss, weight, refusal, replica.prepare(keep=True))
         self._checkpointer.maybe_save(flags, session)
@@ -163,9 +169,12 @@ class ManualLoop:
         if self._options.scales_loss:
             leaves = replica.leaves.others_of(loss) if inputs is None else inputs
             others = [leaf for leaf in leaves if leaf.is_leaf and not isinstance(leaf, torch.nn.Parameter)]
+        if loss.requires_grad and not is_dummy:
+            replica.script_calls.take_results()  # the loss depends on them, or another backward's loss does
         with (
             _recorded(session, "backward"),
             replica.around_backward(is_dummy),
+            replica.script_calls.step(),
         ):
             scaled = loss if is_dummy or own == 1 else loss * own
             options = {"retain_graph": retain_graph, "create_graph": create_graph}
@@ -176,6 +185,7 @@ class ManualLoop:
                 if not is_shared or isinstance(error, DistributedTrainerError):
                     raise
                 replica.failure = error  # `finish` raises it on every rank
+                replica.script_calls.fail(error)
         keeps_graph = create_graph if retain_graph is None else retain_graph
         self._has_run_forward = self._has_run_forward and keeps_graph
         if not keeps_graph:
@@ -183,6 +193,7 @@ class ManualLoop:
         replica.combine_buffers(own)
         if not self._holds_back:
             replica.check_batchnorm()
+            replica.script_calls.finish()
             source = next(rank for rank, fraction in enumerate(fractions) if fraction)
             with _recorded(session, "exchange"):
                 replica.finish([], None, source, has_samples=not is_dummy)

@@ -229,7 +229,9 @@ class ElasticRecovery:
                 membership.recover()
                 groups = membership.create_groups()
                 own = progress.num_commits
-                rows = gather_objects(groups.steps, (own, replica.buffers_synced, progress.committed, self._last_retry))
+                about = own, replica.buffers_synced, progress.committed, self._last_retry, progress.makes_script_calls
+                rows = gather_objects(groups.steps, about)
+                progress.makes_script_calls = any(row[4] for row in rows)
                 # A call that has returned on some rank is finished: that rank will not repeat it.
                 self._last_retry = max((row[3] for row in rows), key=lambda retry: retry[0])
                 newest = max(count for count, *_ in rows)

@@ -101,6 +101,7 @@ class Replacement:
                 "threads": torch.get_num_threads(),
                 "options": repr(session.options),
                 "num_retries": num_retries,
+                "makes_script_calls": session.progress.makes_script_calls,
             }
             for rank in (rank for rank, is_new in enumerate(are_new) if is_new):
                 transfer.send_state(self._state, session.replica, self.objects or {}, about, groups.steps, rank)
@@ -132,6 +133,7 @@ class Replacement:
             torch.set_num_threads(received.about["threads"])
             self._state.check(received, objects)
             self._state.load_state_dict(received, objects, groups.steps.rank(), groups.steps.size())
+            session.progress.makes_script_calls = received.about["makes_script_calls"]
             local_rank, first_world_size = self._membership.job.local_rank, received.about["first_world_size"]
             session = session.rebuild(groups, local_rank, 0, first_world_size)
             self._position.read_ahead_again()

@@ -96,6 +96,7 @@ class Session:
         first_world_size = first_world_size or self.first_world_size
         # Forward may change buffers once per piece; with reproducible= a microbatch is a shard, and stays whole.
         is_cut = self.options.reproducible is None and not any(True for _ in self.model.buffers())
+        is_cut = is_cut and not self.progress.makes_script_calls  # a call would see one piece at a time
         num_microbatches = self.auto_microbatch.num_microbatches
         return Session(
             model=self.model,

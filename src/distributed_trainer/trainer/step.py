@@ -17,7 +17,7 @@ from ..checkpoint.checkpointer import Checkpointer
 from ..data.batch import call_model, to_device
 from ..data.handshake import StepFlags
 from ..data.loss_weight import MeanLoss, Weighted, is_known, local_loss, loss_terms, map_terms, weighted_loss
-from ..data.mean_loss import Kind, LossCounts, RankState, Summand
+from ..data.mean_loss import LossCounts, Summand
 from ..data.model_loss import Record, computes_loss, number_of_items, recording, summands_of
 from ..data.partition import Given, Microbatch, dummies_of
 from ..errors import DistributedTrainerError, MismatchError
@@ -122,30 +122,30 @@ class TrainStep:
                 raise ReplacementWaits
         replica.follow(flags)
         replica.start(flags)
-        self.weight_check.start(criterion, checks_weight and sees_parts)
         clock.mark(AGREEMENT)
         self._prepare_counts(session, criterion, len(batch.microbatches))
+        self.weight_check.start(criterion, checks_weight and sees_parts, bool(self.computes_loss))
         began = clock.computed() - replica.waited_seconds
-        loss, values = None, []
-        with replica.around_step():
+        loss, values, calls = None, [], replica.script_calls
+        meets = replica.is_forward_collective or self._counts is not None  # a rank that fails is in the group of steps
+        first_group = None if meets else session.groups.gradients
+        with replica.around_step(), calls.step(self._refuse_calls(session), first_group):
             for number, microbatch in enumerate(batch.microbatches, 1):
                 is_last = number == len(batch.microbatches)
                 loss, terms = self._run_microbatch(session, microbatch, batch.total, is_last)
                 values.append(terms)
-                is_complete = session.auto_microbatch.shortage is None and replica.failure is None
+                is_complete = session.auto_microbatch.shortage is None and replica.failure is None and not calls.is_over
                 replica.combine_buffers(microbatch.num_samples if is_complete else 0)
         if self._counts is not None:
             self.has_plain = self._counts.has_plain
-            if self._counts.has_counted:
-                self.weight_check.cancel()
             values[:-1] = [[term * self._counts.correction for term in terms] for terms in values[:-1]]
-        replica.check_batchnorm()
+        self._finish_calls(session)
         if session.auto_microbatch.ranks_lack_memory():
             replica.abandon()
             raise MicrobatchesTooLarge(batch.longest)
         values = [[*map(float, terms), is_logged] for terms in values]
-        if replica.failure is not None:
-            self._raise_together(session, replica.failure)
+        if replica.failure is not None or calls.is_over:
+            self._raise_together(session, replica.failure or calls.told)
         given, is_cut = Given(inputs, targets, criterion, session.handshake.rule), is_whole or num_microbatches > 1
         replica.object(self.weight_check.compare(session.model, given, is_cut, session.rank))
         result = replica.finish(values, loss, batch.source, batch.num_samples > 0)
@@ -162,7 +162,9 @@ class TrainStep:
         Once they have raised, this rank only makes the calls for which other ranks wait: with BatchNorm a dummy makes
         them, and `Replica.abandon` or `finish` sends the buckets that the microbatch has not sent.
         """
-        replica, memory = session.replica, session.auto_microbatch
+        replica, memory, calls = session.replica, session.auto_microbatch, session.replica.script_calls
+        if calls.is_over:
+            return None, []
         if self._counts is not None:
             self._counts.begin()
         if memory.shortage is None and replica.failure is None:
@@ -170,19 +172,22 @@ class TrainStep:
                 context = replica.around_microbatch(microbatch.is_dummy)
                 return self._run_in(context, session, microbatch, total, is_last)
             except Exception as error:
+                if calls.told is not None:  # the exception of another rank
+                    return None, []
                 if not memory.catches(error):
                     if session.world_size == 1 or isinstance(error, DistributedTrainerError):
                         raise
                     if isinstance(error, torch.OutOfMemoryError):
                         traceback.clear_frames(error.__traceback__)  # they hold the tensors of forward
                     replica.failure = error
+                calls.fail(error)
             is_last = False
         elif replica.is_forward_collective:
             replica.begin_completion()
-        if replica.is_forward_collective:
+        if replica.is_forward_collective and not calls.is_over:
             self._complete(session, microbatch, total, is_last)
-        if self._counts is not None:
-            self._counts.fail()
+        if self._counts is not None and not self._counts.is_exchanged:
+            calls.report_failure()
         return None, []
 
     def _prepare_counts(self, session: Session, criterion: Callable[..., Any], num_microbatches: int) -> None:
@@ -192,7 +197,7 @@ class TrainStep:
         self.has_plain = not is_known(criterion)
         is_checked = isinstance(criterion, Weighted) and self.computes_loss and session.progress.num_steps == 0
         is_counted = session.options.reproducible is None and (self.has_plain or is_checked)
-        self._counts = LossCounts(session.groups.steps, num_microbatches) if is_counted else None
+        self._counts = LossCounts(session.replica.script_calls, num_microbatches) if is_counted else None
 
     def _complete(self, session: Session, microbatch: Microbatch, total: float, is_last: bool) -> None:
         """Make the calls in forward and backward that other ranks wait for, by a dummy. Collective, blocks.
@@ -200,10 +205,11 @@ class TrainStep:
         A dummy may raise what the microbatch has raised: then another one is tried, and the sum of its outputs in place
         of the criterion.
         """
-        replica = session.replica
+        replica, calls = session.replica, session.replica.script_calls
         error: Exception | None = None
+        awaits_more = calls.awaits_more  # other ranks may wait in a call that the criterion makes: `finish` tells them
         for dummy in dummies_of(microbatch):
-            for own in (dummy, dummy.without_criterion()):
+            for own in (dummy,) if awaits_more else (dummy, dummy.without_criterion()):
                 try:
                     self._run_in(replica.around_completion(), session, own, total, is_last)
                     return
@@ -211,8 +217,46 @@ class TrainStep:
                     raise
                 except Exception as caught:
                     error = caught
+                if calls.is_over:
+                    return
         assert error is not None
+        with contextlib.suppress(MismatchError):
+            calls.finish()
+        if calls.is_over:
+            return
         self._raise_in_batchnorm(session, replica.failure or error)
+
+    @staticmethod
+    def _refuse_calls(session: Session) -> str | None:
+        """Return why the script must not bring the ranks' values together in a step, or None. Local."""
+        if session.options.reproducible is not None:
+            return (
+                "with reproducible= a rank computes its shards one after the other, so gather, reduce and any cannot "
+                "bring those of all ranks together in a step: leave reproducible out"
+            )
+        if session.num_pieces > 1:
+            return (
+                f"ranks were killed, and each part of a batch is now computed in {session.num_pieces} pieces: gather, "
+                f"reduce and any would see one piece at a time. Call them in the first step, too, or let the job be "
+                f"started again (--restarts)."
+            )
+        return None
+
+    @staticmethod
+    def _finish_calls(session: Session) -> None:
+        """Check that no rank is still in a call of forward or backward. Collective and blocks if there are such calls.
+
+        Raises:
+            Exception: This rank's failure, where others are in other calls: a MismatchError on the others.
+        """
+        replica = session.replica
+        try:
+            replica.check_batchnorm()
+            replica.script_calls.finish()
+        except MismatchError as error:
+            if replica.failure is None:
+                raise
+            raise replica.failure from error
 
     @staticmethod
     def _raise_in_batchnorm(session: Session, failure: Exception) -> NoReturn:
@@ -224,8 +268,15 @@ class TrainStep:
             raise failure from error
         raise failure
 
-    def _raise_together(self, session: Session, failure: Exception) -> NoReturn:
-        """Raise this rank's failure, and on the other ranks what `Replica.finish` says. Collective, blocks."""
+    def _raise_together(self, session: Session, failure: Exception | None) -> NoReturn:
+        """Raise this rank's failure, and on the other ranks what `Replica.finish` says. Collective, blocks.
+
+        Args:
+            session: The ranks.
+            failure: Exception of this rank, or the one that another rank has told it.
+        """
+        assert failure is not None
+        note_exception(failure)
         try:
             session.replica.finish([[0.0] * self._num_values], None, 0, False)
         except MismatchError as error:  # the number of terms is not known before the first step
@@ -266,15 +317,16 @@ class TrainStep:
         with recording(records) if self.computes_loss and finds_means else contextlib.nullcontext():
             outputs = call_model(session.model, inputs)
         targets, criterion = to_device(microbatch.targets, self._device), microbatch.criterion
+        if not microbatch.is_dummy:
+            self.weight_check.look(microbatch.given, microbatch.num_samples, outputs)
         if counts is not None:
             loss = criterion(outputs, targets)
             self._clock.mark(FORWARD)
-            loss = self._scale(session, counts, loss, outputs, records, microbatch, total)
+            loss = self._scale(session, counts, loss, records, microbatch, total)
             self._clock.mark(AGREEMENT)
         elif microbatch.is_dummy:
             loss = criterion(outputs, targets)
         else:
-            self.weight_check.look(microbatch.given, microbatch.num_samples, outputs)
             loss = local_loss(criterion, outputs, targets, microbatch.weight, total)
             if is_reproducible and not all(record.is_over_all for record in records):
                 session.replica.object(
@@ -289,7 +341,6 @@ class TrainStep:
         session: Session,
         counts: LossCounts,
         loss: Any,
-        outputs: Any,
         records: list[Record],
         microbatch: Microbatch,
         total: float,
@@ -300,7 +351,6 @@ class TrainStep:
             session: The ranks.
             counts: Counts of the step.
             loss: Result of the criterion for this part.
-            outputs: Outputs of the model for this part.
             records: Losses that the model has computed.
             microbatch: This part.
             total: Weight of the batch.
@@ -311,23 +361,15 @@ class TrainStep:
         if not isinstance(criterion, Weighted):
             loss = map_terms(lambda term: term.total if isinstance(term, MeanLoss) else term, loss)
         terms = loss_terms(criterion, loss)
-        state, summands = RankState.HAS_LOSS, list[Summand]()
-        if session.replica.failure is not None or session.auto_microbatch.shortage is not None:
-            state = RankState.HAS_FAILED
-        elif microbatch.is_dummy:
-            state = RankState.IS_DUMMY
-        else:
+        summands = list[Summand]()
+        if not microbatch.is_dummy:
             number = number_of_items(microbatch.inputs)
             for index, term in enumerate(returned):
                 summands += summands_of(term, index, records, number, weight)
-            if all(summand.kind == Kind.PLAIN for summand in summands):
-                self.weight_check.look(microbatch.given, microbatch.num_samples, outputs)
-            else:
-                self.weight_check.cancel()
         if isinstance(criterion, Weighted):
-            counts.check_weight(summands, state, weight)
+            counts.check_weight(summands, weight)
             return loss if microbatch.is_dummy else weighted_loss(loss, weight, total)
-        scaled = iter(counts.scale(terms, summands, state, weight, total))
+        scaled = iter(counts.scale(terms, summands, microbatch.is_dummy, weight, total))
         return map_terms(lambda _: next(scaled), loss)
 
 

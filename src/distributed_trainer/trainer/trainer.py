@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from ..metrics.progress import ProgressReporter, check_writer
 from ..metrics.step_clock import OPTIMIZER, StepClock, Summary, summarise
 from ..options import TrainerOptions
 from ..replica.replica import Progress
+from ..replica.script_calls import ScriptCalls
 from .evaluation import Evaluation, check_pair, evaluate, update_bn
 from .manual_loop import ManualLoop
 from .membership import Groups, Membership
@@ -47,6 +48,7 @@ from .usage_warnings import UsageWarnings
 
 Optimizers = torch.optim.Optimizer | list[torch.optim.Optimizer] | tuple[torch.optim.Optimizer, ...]
 """The optimizers of a step."""
+_Result = TypeVar("_Result")
 
 
 class DistributedTrainer:
@@ -773,7 +775,8 @@ class DistributedTrainer:
             evaluation = Evaluation(criterion, metrics or {})
             evaluation.is_local = is_split and not (isinstance(loader, ShardedDataLoader) and loader.is_collective)
             parts = self._parts(session, loader, evaluation)
-            return evaluate(session.replica, parts, evaluation, session.groups.steps, self.device)
+            dummy = session.handshake.rule.dummy
+            return evaluate(session.replica, parts, evaluation, session.groups.steps, self.device, dummy)
 
         result = self._recovery.retry(run)
         self._clock.skip()
@@ -825,6 +828,105 @@ class DistributedTrainer:
 
         self._recovery.retry(run)
         self._clock.skip()
+
+    @records_call
+    def any(self, flag: Any) -> bool:
+        """Return whether a flag is on, on any rank. Collective, blocks.
+
+            if trainer.any(time.monotonic() > deadline):
+                break  # all ranks end the loop in the same step
+
+        Inside of the model and the criterion, and in elastic training, it is as `reduce`.
+
+        Args:
+            flag: True or False on this rank; anything that `bool` takes, such as a tensor with one element.
+
+        Returns:
+            The same on every rank.
+
+        Raises:
+            ValueError: The trainer is closed.
+            Exception: `bool(flag)` raises on any rank. The same on every rank.
+            MismatchError: Ranks make different calls. The same on every rank.
+        """
+        return self._call_ranks(lambda calls: calls.any(flag))
+
+    @records_call
+    def reduce(self, value: Any, op: Literal["sum", "mean", "min", "max"] = "sum") -> Any:
+        """Reduce a number or a tensor over the ranks, to the same bits on every rank. Collective, blocks.
+
+            num_correct = trainer.reduce(num_correct)  # on every rank, its own number
+
+        The result has no gradient. Every rank receives the values of all ranks, so it is for figures and small tensors.
+        In the model and the criterion it may be called by every rank alike; a rank without samples counts for nothing
+        there. If ranks are killed in elastic training, it is the reduction over those that are left.
+
+        Args:
+            value: An int, float or bool, or a dense tensor of any shape, dtype and device; the same shape and dtype on
+                every rank. TypeError for anything else, for the mean of an integer or bool tensor, the sum of a bool
+                tensor, and the minimum or maximum of complex numbers.
+            op: "sum" (the default), "mean" (over the ranks, each of which counts once), "min" or "max". ValueError for
+                anything else.
+
+        Returns:
+            A number for a number: an exact int for ints, also for the sum of bools; a float for the mean. For a tensor
+            a new tensor of its shape, dtype and device. 16-bit types are added in float32. A NaN on any rank makes the
+            result NaN.
+
+        Raises:
+            TypeError, ValueError: An argument is not as described above, on any rank (the same on every rank), or the
+                trainer is closed; or it is called in a `train_step` with `reproducible`.
+            MismatchError: The ranks' values have other dtypes or shapes, or ranks make different calls. The same on
+                every rank.
+        """
+        return self._call_ranks(lambda calls: calls.reduce(value, op))
+
+    @records_call
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Join the ranks' tensors along the first dimension, in rank order. Collective, blocks.
+
+            def contrastive(own, targets):  # the rows of this rank, against those of all ranks
+                everyone, labels = trainer.gather(own), trainer.gather(targets)
+                similarity = F.normalize(own) @ F.normalize(everyone).t()
+                return F.binary_cross_entropy_with_logits(similarity, (targets[:, None] == labels).float())
+
+        It is differentiable: in backward each rank gets the sum over all ranks of the gradients for its rows. So if
+        each rank's loss is the mean over its own rows, `train_step` and `backward` compute the gradient of the mean
+        over all rows.
+
+        In the model and the criterion every rank makes the same calls. A rank that has no samples computes with a
+        dummy: the other ranks do not get its rows, but it gets them itself, so that own rows are always in the result.
+        With `microbatches` each piece is gathered by itself, as in one process that accumulates gradients over these
+        pieces. In a loop of your own, a rank without samples passes a tensor without rows.
+
+        If ranks are killed in elastic training, a call in `train_step` is repeated with the step. Elsewhere the result
+        has the rows of the ranks that are left; a call that has a gradient raises.
+
+        Args:
+            tensor: Dense, with at least one dimension, on any device. The number of rows may differ between ranks, and
+                be 0; other dimensions, the dtype and whether there is a gradient may not. TypeError for anything else,
+                ValueError for a tensor without dimensions.
+
+        Returns:
+            A new tensor with the rows of all ranks, the same on every rank, except for the rows of a dummy.
+
+        Raises:
+            TypeError, ValueError: The argument is not as described above, on any rank (the same on every rank), or the
+                trainer is closed; or it is called in a `train_step` with `reproducible`.
+            MismatchError: The ranks' tensors do not fit together, or ranks make different calls. The same on every
+                rank.
+            RuntimeError: Its gradient is to be differentiated (`create_graph=True`). The same on every rank.
+        """
+        has_graph = isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled()
+        return self._call_ranks(lambda calls: calls.gather(tensor), is_repeatable=not has_graph)
+
+    def _call_ranks(self, call: Callable[[ScriptCalls], _Result], is_repeatable: bool = True) -> _Result:
+        """Make a call of the script, in a step as a part of it. Collective, blocks."""
+        self._check_open(is_use=True)
+        calls = self._session.replica.script_calls
+        if calls.is_active or not is_repeatable:
+            return call(calls)
+        return self._recovery.retry(lambda session: call(session.replica.script_calls))
 
     def save(self, folder: str | os.PathLike[str], *, keep: int = 2, **objects: Any) -> None:
         """Save a checkpoint in the next step. A call on one rank is enough; other ranks may call it, too. Local.

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..backend.engine_group import no_collectives
 from ..data.batch import call_model, cut_tensor, leaves, map_tensors, tensors, to_device
-from ..data.loss_weight import Weighted, criterion_name, is_known, local_weight, loss_terms
+from ..data.loss_weight import MeanLoss, Weighted, criterion_name, is_known, local_weight, map_terms
 from ..data.partition import Given
 from ..replica.max_norm import max_norm_modules
 from ..replica.model_state import StepSnapshot
@@ -51,7 +51,8 @@ class _Losses(NamedTuple):
 
     terms: list[float]
     """Terms of the loss."""
-    weight: float
+    weights: list[float]
+    """Weight of these samples in each term."""
     dtype: torch.dtype
     """Dtype of the loss."""
 
@@ -72,25 +73,23 @@ class WeightCheck:
         self._criterion: Any = None  # to be checked in this step; None if there is none
         self.has_passed = False
 
-    def start(self, criterion: Callable[..., Any], is_on: bool) -> None:
+    def start(self, criterion: Callable[..., Any], is_on: bool, leaves_out_plain: bool = False) -> None:
         """Begin a step. Local.
 
         Args:
             criterion: Loss of the step.
             is_on: Whether the step cuts batches, and is to be checked.
+            leaves_out_plain: Leave out terms without a weight or count: the step finds counts of the model's losses.
         """
         is_exact = is_known(criterion) and not (isinstance(criterion, Weighted) and callable(criterion.weight))
         needs_check = is_on and not is_exact and _key(criterion) not in self._checked
         self._criterion = criterion if needs_check else None
+        self._leaves_out_plain = leaves_out_plain and not isinstance(criterion, Weighted)
         self.has_passed = False
         self._candidate: tuple[Given, int] | None = None  # samples that need a forward, and their number
         self._has_compared = False
         self._reason = "this rank's part has fewer than two samples"
         self._seconds = 0.0
-
-    def cancel(self) -> None:
-        """Leave the check of this step out, since the denominators of the loss's means are known. Local."""
-        self._criterion = self._candidate = None
 
     def look(self, given: Given, num_samples: int, outputs: Any) -> None:
         """Compare the losses of a microbatch by its outputs. Local."""
@@ -211,14 +210,15 @@ class WeightCheck:
             self._reason = _TOO_SIMILAR
             return None
         _, whole, first, second = losses
-        mean = (first.weight * first.terms[index] + second.weight * second.terms[index]) / whole.weight
+        weight, *weights = (losses.weights[index] for losses in (whole, first, second))
+        mean = (weights[0] * first.terms[index] + weights[1] * second.terms[index]) / weight
         name = criterion_name(given.criterion)
         finding = "weight= is wrong" if isinstance(given.criterion, Weighted) else "it is no mean over samples"
         return (
             f"{name}: the loss of two parts of a batch, weighted, is not that of the whole. On rank {rank} the first "
-            f"{middle} of {num_samples} samples have loss {first.terms[index]:.6g} and weight {first.weight:g}, the "
-            f"others {second.terms[index]:.6g} and {second.weight:g}: together {mean:.6g}, but all have "
-            f"{whole.terms[index]:.6g} and weight {whole.weight:g}. So {finding}: pass as weight= a "
+            f"{middle} of {num_samples} samples have loss {first.terms[index]:.6g} and weight {weights[0]:g}, the "
+            f"others {second.terms[index]:.6g} and {weights[1]:g}: together {mean:.6g}, but all have "
+            f"{whole.terms[index]:.6g} and weight {weight:g}. So {finding}: pass as weight= a "
             f"function of a part's targets that returns the denominator of its mean (for a language model that shifts "
             f"its labels by one, lambda labels: (labels[:, 1:] != -100).sum()), or return "
             f'MeanLoss(total, count). If it is a sum, give it an attribute reduction = "sum". If the loss is meant to '
@@ -231,9 +231,18 @@ class WeightCheck:
         """Return the loss of samples; `change` is applied to their targets."""
         weight = local_weight(given.criterion, given.targets, num_samples)
         targets = map_tensors(change, to_device(given.targets, self._device))
-        terms = loss_terms(given.criterion, given.criterion(outputs, targets))
-        dtype = max((term.dtype for term in terms), key=lambda dtype: _TOLERANCES.get(dtype, _COARSE))
-        return _Losses([term.item() for term in terms], weight, dtype)
+        returned, terms = list[Any](), list[tuple[Tensor, float]]()
+        map_terms(returned.append, given.criterion(outputs, targets))
+        for term in returned:
+            if isinstance(term, MeanLoss):
+                count = term.count_as_float()
+                terms.append((term.total / count, count))
+            elif not self._leaves_out_plain:
+                terms.append((term, weight))
+        if not terms:
+            raise _NotComparable("the trainer finds the counts of the model's losses")
+        dtype = max((term.dtype for term, _ in terms), key=lambda dtype: _TOLERANCES.get(dtype, _COARSE))
+        return _Losses([term.item() for term, _ in terms], [weight for _, weight in terms], dtype)
 
 
 def _judge(losses: Sequence[_Losses], relative: float = 0.0, absolute: float = 0.0) -> tuple[bool, bool, int]:
@@ -251,18 +260,20 @@ def _judge(losses: Sequence[_Losses], relative: float = 0.0, absolute: float = 0
         _NotComparable: They cannot be compared.
     """
     again, whole, first, second = losses
-    if not first.weight or not second.weight:
+    if not all((*first.weights, *second.weights)):
         raise _NotComparable("one of the two parts has weight 0")
     relative = max(relative, _TOLERANCES.get(whole.dtype, _COARSE))
     excess, shows = [], False
-    for values in zip(whole.terms, first.terms, second.terms, again.terms, strict=True):
+    weights = zip(whole.weights, first.weights, second.weights, strict=True)
+    values_of_terms = zip(whole.terms, first.terms, second.terms, again.terms, strict=True)
+    for values, (weight, weight_of_one, weight_of_other) in zip(values_of_terms, weights, strict=True):
         if not all(map(math.isfinite, values)):
             raise _NotComparable("a loss is infinite or NaN")
         tolerance = relative * max(map(abs, values)) + absolute
         of_whole, one, other, repeated = values
         if abs(of_whole - repeated) > tolerance:
             raise _NotComparable("the loss of the same samples differs from call to call")
-        difference = abs((first.weight * one + second.weight * other) / whole.weight - of_whole)
+        difference = abs((weight_of_one * one + weight_of_other * other) / weight - of_whole)
         excess.append(difference - tolerance)
         shows |= abs(one - other) * _RESOLUTION > tolerance
     worst = max(range(len(excess)), key=excess.__getitem__)
