@@ -74,9 +74,10 @@ class Request:
     folder: Path
     keep: int
     objects: Mapping[str, Any]
+    trainable_only: bool = False
 
     @classmethod
-    def check(cls, folder: Any, keep: Any, objects: dict[str, Any]) -> Request:
+    def check(cls, folder: Any, keep: Any, objects: dict[str, Any], trainable_only: Any = False) -> Request:
         """Return the request for arguments of `DistributedTrainer.save`, or raise TypeError or ValueError. Local.
 
         A list of objects becomes an object for each position: `optimizer[0]`, `optimizer[1]`.
@@ -85,6 +86,8 @@ class Request:
             raise TypeError(f"folder must be a path, not {folder!r}")
         if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
             raise ValueError(f"keep must be an int of at least 1, the number of checkpoints to leave, not {keep!r}")
+        if not isinstance(trainable_only, bool):
+            raise TypeError(f"trainable_only must be True or False, not {trainable_only!r}")
         single: dict[str, Any] = {}
         for name, value in objects.items():
             if name == MODEL:
@@ -94,7 +97,7 @@ class Request:
         for name, value in single.items():
             if not is_stateful(value):
                 raise TypeError(f"{name} must have state_dict and load_state_dict, as optimizers do, not {value!r}")
-        return cls(Path(folder).absolute(), keep, single)
+        return cls(Path(folder).absolute(), keep, single, trainable_only)
 
 
 class Checkpointer:
@@ -260,6 +263,7 @@ class Checkpointer:
         if own is not None and state is not None:
             numbers = state.numbers_of(own.objects)
             message |= {"folder": os.fspath(own.folder), "keep": own.keep, "numbers": numbers, "step": state.num_steps}
+            message |= {"trainable_only": own.trainable_only}
         rows = gather_json(group, message)
         writer, agreed = _agree_on_request(rows)
         objects = None if writer != group.rank() or own is None else own.objects
@@ -285,7 +289,8 @@ class Checkpointer:
             state = self._state()
             if state is None or replica is None:
                 raise CheckpointError(f"rank {rank} has deleted its trainer: call trainer.close() at the end")
-            part = state.snapshot(replica, agreed["numbers"], objects, rank, group.size())
+            only = agreed["trainable_only"]
+            part = state.snapshot(replica, agreed["numbers"], objects, rank, group.size(), only)
         except OSError as caught:
             error = CheckpointError(f"rank 0 on {socket.gethostname()} could not make {temporary}: {caught.strerror}")
         except Exception as caught:

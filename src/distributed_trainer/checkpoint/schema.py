@@ -52,6 +52,7 @@ def check_content(content: Any) -> None:
         require_shape(about["shape"], name)
     for name, about in _items(content["states"], "states"):
         require(isinstance(about["type"], str) and "state" in about, name)
+        require(isinstance(about.get("frozen", ""), str), name)
 
 
 def check_own(own: Any) -> None:

@@ -8,6 +8,7 @@ divide the tensors in the same way because they have the same names and sizes.
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ..data.position import DataPosition
 from ..errors import CheckpointError
 from ..gradients.loss_scale import FIRST
 from ..gradients.sharded_optimizer import Part
+from ..replica.divergence import sum_of_bits
 from ..replica.replica import Progress, Replica
 from .format import decode, encode
 from .safetensors import DTYPE_NAMES, Piece, copy_to_files, divide, pieces_of
@@ -109,9 +111,10 @@ class TrainingState:
         objects: Mapping[str, Any] | None,
         rank: int,
         num_ranks: int,
+        trainable_only: bool,
     ) -> OwnPart:
         """Copy the part of the state that this rank writes. Local; arguments and errors are those of `state_dict`."""
-        own, states, about = self.state_dict(replica, numbers, objects, rank, num_ranks)
+        own, states, about = self.state_dict(replica, numbers, objects, rank, num_ranks, trainable_only)
         pieces = [piece for name, value in own.items() for piece in pieces_of(name, value)]
         return OwnPart(copy_to_files(pieces, f"rank-{rank:05}"), _describe(pieces), states, about)
 
@@ -122,6 +125,7 @@ class TrainingState:
         objects: Mapping[str, Any] | None,
         rank: int,
         num_ranks: int,
+        trainable_only: bool = False,
     ) -> tuple[dict[str, Tensor | Part], Any, dict[str, Any]]:
         """Collect the part of the state that this rank writes. Local.
 
@@ -131,6 +135,7 @@ class TrainingState:
             objects: On that rank, the objects themselves; None on others.
             rank: This rank's number.
             num_ranks: Number of ranks.
+            trainable_only: Leave out the model's parameters that have no gradient; a checksum is in their place.
 
         Returns:
             This rank's tensors, not copied; the form of all states (None if `objects` is None); the data that each rank
@@ -142,7 +147,11 @@ class TrainingState:
         """
         common: dict[str, Tensor | Part] = {}
         own: dict[str, Tensor | Part] = {}
-        states = {MODEL: {"type": type(self._model).__name__, "state": encode(self._model.state_dict(), MODEL, common)}}
+        frozen = self._frozen() if trainable_only else {}
+        kept = {name: value for name, value in self._model.state_dict().items() if name not in frozen}
+        states = {MODEL: {"type": type(self._model).__name__, "state": encode(kept, MODEL, common)}}
+        if trainable_only and objects is not None:
+            states[MODEL]["frozen"] = _checksum(frozen)
         with replica.optimizer_parts():
             for name, number in numbers.items():
                 if number is not None:
@@ -170,6 +179,11 @@ class TrainingState:
         }
         return own, states if objects is not None else None, about
 
+    def _frozen(self) -> dict[str, Tensor]:
+        """Return the model's parameters that have no gradient, by their names in its state. Local."""
+        state = self._model.state_dict(keep_vars=True)
+        return {n: value for n, value in state.items() if isinstance(value, nn.Parameter) and not value.requires_grad}
+
     def check(self, checkpoint: SavedState, objects: Mapping[str, Any]) -> None:
         """Raise ValueError if a checkpoint is of another model, or has other objects. Local."""
         states = checkpoint.content["states"]
@@ -193,7 +207,9 @@ class TrainingState:
                     f"loaded. Pass an object of the saved type."
                 )
         tensors: dict[str, Any] = {}
-        encode(self._model.state_dict(), MODEL, tensors)
+        saved_frozen = states[MODEL].get("frozen")
+        frozen = {} if saved_frozen is None else self._frozen()
+        encode({name: v for name, v in self._model.state_dict().items() if name not in frozen}, MODEL, tensors)
         prefix = f"{MODEL}."
         wanted = {name: (DTYPE_NAMES[value.dtype], list(value.shape)) for name, value in tensors.items()}
         found = {
@@ -211,8 +227,13 @@ class TrainingState:
                 )
                 raise ValueError(
                     f"{checkpoint.folder} is of another model: it has {found_there}, this model has {found_here}. "
-                    f"Build the model that was saved."
+                    f"Build the model that was saved" + (", with the same parameters frozen." if frozen else ".")
                 )
+        if saved_frozen is not None and saved_frozen != (own := _checksum(frozen)):
+            raise ValueError(
+                f"{checkpoint.folder} was saved with trainable_only=True: it has no frozen parameters, and goes with "
+                f"{saved_frozen}. This model has {own}. Load the same base model before."
+            )
 
     def has_position_of(self, checkpoint: SavedState) -> bool:
         """Return whether a checkpoint knows the position in the data. Local."""
@@ -232,7 +253,8 @@ class TrainingState:
         first = checkpoint.of_rank(0)
         own = checkpoint.of_rank(rank) if same_ranks else first
         streams = _random_from_json(own["random_states"], checkpoint)
-        self._model.load_state_dict(checkpoint.state(MODEL))
+        is_whole = "frozen" not in content["states"][MODEL]  # else `check` has compared the names
+        self._model.load_state_dict(checkpoint.state(MODEL), strict=is_whole)
         for name, value in objects.items():
             state = checkpoint.state(name)
             if isinstance(value, torch.optim.Optimizer):
@@ -245,6 +267,15 @@ class TrainingState:
         streams.restore(self._device)
         if not same_ranks and not self._has_common_stream:
             rng.spread(rank, self._device)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return number and checksum of tensors. Local; reads all of them."""
+    value = 0
+    for name, tensor in tensors.items():
+        about = f"{name} {tensor.dtype} {list(tensor.shape)} {int(sum_of_bits(tensor.detach()))}"
+        value = zlib.crc32(about.encode(), value)
+    return f"{len(tensors)} frozen parameters of checksum {value:08x}"
 
 
 def _describe(pieces: list[Piece]) -> dict[str, Any]:

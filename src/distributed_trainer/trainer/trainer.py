@@ -928,7 +928,9 @@ class DistributedTrainer:
             return call(calls)
         return self._recovery.retry(lambda session: call(session.replica.script_calls))
 
-    def save(self, folder: str | os.PathLike[str], *, keep: int = 2, **objects: Any) -> None:
+    def save(
+        self, folder: str | os.PathLike[str], *, keep: int = 2, trainable_only: bool = False, **objects: Any
+    ) -> None:
         """Save a checkpoint in the next step. A call on one rank is enough; other ranks may call it, too. Local.
 
             trainer.save("checkpoints", optimizer=optimizer, scheduler=scheduler)
@@ -946,6 +948,10 @@ class DistributedTrainer:
                 path; ValueError if an earlier save to another folder still waits for its step.
             keep: Number of checkpoints that stay in the folder, the newest ones; older ones are removed. The default is
                 2. ValueError if it is not an int of at least 1.
+            trainable_only: Leave out the model's parameters that are frozen (`requires_grad=False`), such as the base
+                of a model with LoRA adapters; buffers are saved. `load` and `resume` then need a model whose frozen
+                parameters have the same values already; a checksum in the checkpoint makes others a ValueError. The
+                default, False, saves the whole model. TypeError if it is not a bool.
             objects: Objects to save by name, besides the model, the random states, the number of steps and the
                 positions of `trainer.loader`s: optimizers, schedulers, GradScalers, anything with `state_dict` and
                 `load_state_dict`, and lists or tuples of such objects, saved by position. If an object is not an
@@ -956,7 +962,7 @@ class DistributedTrainer:
             TypeError, ValueError: An argument is not as described above, or the trainer is closed.
         """
         self._check_open(is_use=True)
-        self._checkpointer.request(Request.check(folder, keep, objects))
+        self._checkpointer.request(Request.check(folder, keep, objects, trainable_only))
 
     @records_call
     def load(self, folder: str | os.PathLike[str], **objects: Any) -> int:
@@ -987,7 +993,9 @@ class DistributedTrainer:
         return reader.load(request.folder, request.objects, self._state, self._session.groups.steps)
 
     @records_call
-    def resume(self, folder: str | os.PathLike[str], *, keep: int = 2, **objects: Any) -> int | None:
+    def resume(
+        self, folder: str | os.PathLike[str], *, keep: int = 2, trainable_only: bool = False, **objects: Any
+    ) -> int | None:
         """Continue from the newest complete checkpoint in `folder`, if there is one. Collective, blocks.
 
             trainer.resume("checkpoints", optimizer=optimizer)
@@ -1006,6 +1014,8 @@ class DistributedTrainer:
             folder: Path of the folder that was passed to `save`. TypeError if it is not a path.
             keep: Number of checkpoints that stay in the folder after a save that the signal asks for, the newest ones.
                 The default is 2. ValueError if it is not an int of at least 1.
+            trainable_only: Whether a save that the signal asks for leaves out frozen parameters, as in `save`. The
+                default is False. What is loaded does not depend on it.
             objects: Objects to load by name: all names that `save` was given, and no others; lists of the same lengths.
                 The signal saves them, too. TypeError for objects without `state_dict` and `load_state_dict`, ValueError
                 for the name `model`.
@@ -1020,7 +1030,7 @@ class DistributedTrainer:
             CheckpointError: There are checkpoints, but none is complete. The same on every rank.
         """
         self._check_open()
-        request = Request.check(folder, keep, objects)
+        request = Request.check(folder, keep, objects, trainable_only)
         self._recovery.allow_replacement(request.objects)
         if isinstance(self._recovery, ElasticRecovery) and self._recovery.is_waiting:
             step: int | None = self._recovery.take_place(request.objects)
