@@ -133,6 +133,45 @@ def test_different_batches(world):
     trainer.close()
 
 
+def _one_ahead(batches):
+    iterator = iter(batches)
+    waiting = [next(iterator)]
+    for pair in iterator:
+        waiting.append(pair)
+        yield waiting.pop(0)
+    yield from waiting
+
+
+@mixed
+def test_iterators(world):
+    """Parts stay parts in whatever iterates over a loader; parts that were kept in a list are refused."""
+    model = Net(F64)
+    trainer = create_distributed_trainer(model)
+    x, y = batch(13, F64)
+    criterion = nn.CrossEntropyLoss()
+    iterators = {
+        "progress": trainer.progress,
+        "iter": iter,
+        "first": lambda loader: itertools.islice(loader, 2),
+        "generator": lambda loader: (pair for pair in loader),
+        "enumerate": lambda loader: (pair for _, pair in enumerate(loader)),
+        "zip": lambda loader: (pair for _, pair in zip(itertools.count(), loader, strict=False)),
+        "changed": lambda loader: ((inputs * 1.0, targets) for inputs, targets in loader),
+        "one ahead": _one_ahead,
+    }
+    for name, around in iterators.items():
+        number = 8 if name == "first" else 13
+        expected = criterion(model(x[:number]), y[:number]).item()
+        for loader in (trainer.loader(TensorDataset(x, y), 4), DataLoader(TensorDataset(x, y), 4)):
+            result = trainer.evaluate(around(loader), criterion)
+            assert result["loss"] == pytest.approx(expected, rel=1e-12), name
+    kept = list(trainer.loader(TensorDataset(x, y), 4))
+    if world.size > 1:
+        with pytest.raises(MismatchError, match="such as into a list, pass the loader"):
+            trainer.evaluate(kept, criterion)
+    trainer.close()
+
+
 @on_ranks(1, 2)
 def test_wrong_arguments(world):
     trainer = create_distributed_trainer(Net(F64))

@@ -147,7 +147,7 @@ class ScriptCalls:
                 raise
 
     def report_failure(self) -> None:
-        """Tell the other ranks, which wait in a call, that this rank has failed. Collective, blocks.
+        """Report to the other ranks, which wait in a call, that this rank has failed. Collective, blocks.
 
         Afterwards `is_over` is True on every rank.
         """

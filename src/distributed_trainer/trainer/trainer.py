@@ -31,6 +31,7 @@ from ..data.rng import mix
 from ..data.samples import SampleRule
 from ..data.sampling import PartOf
 from ..data.split import shard_part
+from ..errors import MismatchError
 from ..launch.call_sites import records_block, records_call
 from ..metrics.profiler import profile
 from ..metrics.progress import ProgressReporter, check_writer
@@ -1261,7 +1262,16 @@ class DistributedTrainer:
             if source is not None:
                 evaluation.is_local = not source.is_collective
             if source is None and not evaluation.is_local:
-                yield session.handshake.part_of(inputs, targets, evaluation.error)
+                try:
+                    part = session.handshake.part_of(inputs, targets, evaluation.error)
+                except MismatchError as error:
+                    if self._position.gives_parts:
+                        error.args = (
+                            f"{error} If these batches were read from trainer.loader before, such as into a list, pass "
+                            f"the loader, or an iterator that reads it during evaluate.",
+                        )
+                    raise
+                yield part
             elif source is not None and source.is_stand_in:
                 yield inputs, targets, 0
             else:
