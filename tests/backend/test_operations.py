@@ -37,7 +37,7 @@ def test_refused(world, group):
                 call()
     for tensor, op, message in [
         (torch.ones(2), dist.ReduceOp.BAND, "band of float32"),
-        (torch.ones(2).int(), dist.ReduceOp.AVG, "average of int32"),
+        (torch.ones(2).bool(), dist.ReduceOp.AVG, "average of bool"),
         (torch.ones(2) * 1j, dist.ReduceOp.PRODUCT, "complex"),
         (torch.eye(2).to_sparse(), dist.ReduceOp.MAX, "only if they are COO"),
         (torch.eye(2).to_sparse_csr(), dist.ReduceOp.SUM, "only if they are COO"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .engine_group import EngineGroup
 from .staging import (
+    INTEGERS,
     copies_back,
     copy_back,
     input_buffer,
@@ -106,12 +107,15 @@ class ProcessGroupShmpi(EngineGroup):
     ) -> Work:
         """Reduce a tensor over all ranks, in place, to the same bits on each. Collective.
 
-        16-bit types are summed in float32, in the order of the ranks within a node and then of the nodes. A sparse
-        tensor is summed by gathering its elements; this call blocks.
+        16-bit types are summed in float32, in the order of the ranks within a node and then of the nodes. An average of
+        integers is rounded towards zero, as by NCCL. A sparse tensor is summed by gathering its elements; this call
+        blocks.
         """
         (tensor,) = tensors
         if tensor.layout is not torch.strided:
             return self._reduce_sparse(tensor, opts)
+        if tensor.dtype in INTEGERS and reduce_op(opts) == dist.ReduceOp.AVG:
+            return self._average_integers(tensor)
         buffer, op = reduction_buffer(tensor, opts, self._operations)
         operation = self._group.all_reduce(buffer, op, self._wire_dtype)
         return self._start(operation, (buffer,), copy_back(tensor, buffer), tensors)
@@ -297,6 +301,18 @@ class ProcessGroupShmpi(EngineGroup):
         works, self._coalesced = self._coalesced, None
         assert works is not None, "_end_coalescing without _start_coalescing"
         return self._join(works)
+
+    def _average_integers(self, tensor: Tensor) -> Work:
+        buffer = input_buffer(tensor)
+        back = copy_back(tensor, buffer)
+
+        def divide() -> None:
+            buffer.div_(self.size(), rounding_mode="trunc")
+            if back is not None:
+                back()
+
+        operation = self._group.all_reduce(buffer, self._operations.SUM)
+        return self._start(operation, (buffer,), divide, (tensor,))
 
     def _reduce_scatter(self, output: Tensor, inputs: Tensor | list[Tensor], op: ReduceOp) -> Work:
         target = output_buffer(torch.view_as_real(output) if output.is_complex() else output)

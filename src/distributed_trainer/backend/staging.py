@@ -28,6 +28,7 @@ _OPERATIONS = {
     dist.ReduceOp.BOR: "BOR",
     dist.ReduceOp.BXOR: "BXOR",
 }
+INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 # Types that are only moved, as bytes, because not every version of DLPack knows them.
 _FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 
