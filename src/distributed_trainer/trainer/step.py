@@ -147,7 +147,8 @@ class TrainStep:
         if replica.failure is not None or calls.is_over:
             self._raise_together(session, replica.failure or calls.told)
         given, is_cut = Given(inputs, targets, criterion, session.handshake.rule), is_whole or num_microbatches > 1
-        replica.object(self.weight_check.compare(session.model, given, is_cut, session.rank))
+        with replica.autocast():
+            replica.object(self.weight_check.compare(session.model, given, is_cut, session.rank))
         result = replica.finish(values, loss, batch.source, batch.num_samples > 0)
         self._num_values = len(values[0]) if values else 0  # a rank may have no shard
         clock.mark(EXCHANGE)
