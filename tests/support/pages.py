@@ -7,6 +7,7 @@ import random
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -48,7 +49,7 @@ def check(script: str, rtol: float = 1e-9) -> None:
         trainer.close()
 
 
-def run(script: str, module: object) -> tuple[dict[str, object], str]:
+def run(script: str, module: ModuleType) -> tuple[dict[str, object], str]:
     """Run a script with a module as `distributed_trainer`; return its variables, and what it has printed."""
     random.seed(0)
     np.random.seed(0)
@@ -58,7 +59,8 @@ def run(script: str, module: object) -> tuple[dict[str, object], str]:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float64)
         stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))  # as in transformers' losses
-        stack.enter_context(mock.patch.dict(sys.modules, {"distributed_trainer": module}))
+        stack.callback(sys.modules.__setitem__, "distributed_trainer", distributed_trainer)
+        sys.modules["distributed_trainer"] = module
         output = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         exec(compile(script, "script", "exec"), variables)
     return variables, output.getvalue()
