@@ -62,7 +62,7 @@ class UsageWarnings:
                 "%s is not a loss of torch.nn: it counts as a mean over samples. If it is a mean over something else, "
                 "return MeanLoss(total, count), or pass weight=, a function of a part's targets that returns the "
                 'part\'s weight; if it is a sum, give it an attribute reduction = "sum"; if it compares samples with '
-                "each other, it cannot be split.",
+                "each other, see trainer.gather.",
                 name,
             )
 
