@@ -15,7 +15,7 @@ ENGINE = ROOT / "engine"
 
 # Rooms that each room may import, besides its own files and the two leaves, errors and options.
 ROOMS = {
-    "": {"trainer", "replica", "cli", "backend"},  # the public names and the command
+    "": {"trainer", "replica", "data", "cli", "backend"},  # the public names and the command
     "trainer": {"checkpoint", "replica", "gradients", "data", "metrics", "backend", "launch"},
     "checkpoint": {"replica", "gradients", "data", "backend", "launch"},
     "replica": {"gradients", "data", "backend", "launch.devices"},

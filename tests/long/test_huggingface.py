@@ -127,7 +127,7 @@ def compare(name, batches, trainer_model=None, **options):
     expected = train(reference, batches)
     trainer = create_distributed_trainer(model)
     assert train(model, batches, trainer, **options) == pytest.approx(expected, rel=1e-9)
-    assert_same(model, reference, 1e-9)
+    assert_same(model, reference, 1e-9, 1e-8)  # some gradients are rounding errors; T5 computes norms in float32
     trainer.close()
 
 

@@ -123,6 +123,7 @@ def check_alike(result, kind):
             *("counted", 3, 0, ["2:1:criterion", "5:2:criterion"]),
             *([(1, "repeating step 3"), (1, "repeating step 6")], 2),
             id="counted",
+            marks=LONG,
         ),
         pytest.param(
             *("loader", 4, 0, ["0:0:sum", "5:2:evaluate", "11:3:updated"]),

@@ -131,6 +131,11 @@ class MeanLoss:
     list or dict; each term has a denominator of its own. The loss of the batch is the sum of the totals of all parts
     over the sum of their counts, on any number of ranks and microbatches.
 
+    Args:
+        total: Sum of the loss over this part of the batch, a tensor with one element. Differentiable.
+        count: Number of items over which the mean is taken in this part, such as labels, or the sum of their weights: a
+            number, or a tensor with one element. It gets no gradient. A part with 0 counts for nothing.
+
     Raises:
         TypeError: `total` is not a tensor.
         ValueError: `total` does not have one element. When the count is read: it is not one number, or is negative,
@@ -138,10 +143,9 @@ class MeanLoss:
     """
 
     total: Tensor
-    """Sum of the loss over this part of the batch, with one element. Differentiable."""
+    """Sum of the loss over this part."""
     count: Tensor | float
-    """Number of items over which the mean is taken in this part, such as labels; or the sum of their weights. A number,
-    or a tensor with one element, of any dtype. It gets no gradient. A part with 0 counts for nothing."""
+    """Number of items over which the mean is taken."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.total, Tensor):
@@ -150,7 +154,7 @@ class MeanLoss:
             raise ValueError(f"total of MeanLoss must have one element, not shape {list(self.total.shape)}: use sum()")
 
     def count_as_float(self) -> float:
-        """Return the count; waits for its device."""
+        """Return the count, after a check. Local; waits for its device."""
         if isinstance(self.count, Tensor) and self.count.numel() != 1:
             raise ValueError(f"count of MeanLoss must be one number, not a tensor of shape {list(self.count.shape)}")
         count = float(self.count)

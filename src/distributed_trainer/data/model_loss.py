@@ -70,8 +70,7 @@ def with_plain_number(inputs: Any) -> Any:
 @contextlib.contextmanager
 def recording(records: list[Record]) -> Iterator[None]:
     """Append the calls of torch's losses in the block to `records`. Local."""
-    originals: dict[str, Any] = {function.__name__: function for function in FUNCTIONS}
-    replaced = {name: function for name, function in originals.items() if getattr(F, name) is function}
+    replaced = {function.__name__: function for function in FUNCTIONS if getattr(F, function.__name__) is function}
     for name, function in replaced.items():
         setattr(F, name, _recorder(function, records))
     try:
