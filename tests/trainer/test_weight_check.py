@@ -308,3 +308,116 @@ def test_one_rank(world):
     same_message(world, error)
     assert_same(dict(model.named_parameters()), before, rtol=0)
     trainer.close()
+
+
+def trained(criterion, x, y, num_steps=3, trains=None):
+    """Return losses of steps of a model, by the trainer or by plain torch, and the model."""
+    model = Net(F64)
+    optimizer = sgd(model)
+    losses = []
+    for _ in range(num_steps):
+        given = x.clone(), y.clone()
+        if trains is None:
+            optimizer.zero_grad()
+            loss = criterion(model(given[0]), given[1])
+            loss.backward()
+            optimizer.step()
+        else:
+            loss = trains(model, *given, criterion, optimizer)
+        losses.append(loss.item())
+    return losses, model
+
+
+class Counting:
+    """Loss that depends on how often it was called, and keeps a list of its results."""
+
+    def __init__(self):
+        self.num_calls, self.results = 0, []
+
+    def __call__(self, outputs, targets):
+        self.num_calls += 1
+        loss = F.cross_entropy(outputs, targets) / self.num_calls
+        self.results.append(loss.item())
+        return loss
+
+
+def counting_closure():
+    num_calls, results = 0, []
+
+    def loss(outputs, targets):
+        nonlocal num_calls
+        num_calls += 1
+        results.append(num_calls)
+        return F.cross_entropy(outputs, targets) / len(results)
+
+    return loss
+
+
+def in_place(outputs, targets):
+    return F.cross_entropy(outputs.mul_(2.0), targets)
+
+
+def one_based(outputs, targets):
+    targets -= 1
+    return F.cross_entropy(outputs, targets)
+
+
+@some
+@pytest.mark.parametrize("make", [Counting, counting_closure, lambda: in_place, lambda: one_based])
+def test_what_a_criterion_changes(world, make):
+    """A criterion that counts its calls, or writes to its arguments, does the same as in one process."""
+    x, y = batch(12, F64)
+    y = y + 1 if make() is one_based else y
+    expected, reference = trained(make(), x, y)
+    trainers = []
+
+    def train(model, *arguments):
+        trainers.extend([] if trainers else [create_distributed_trainer(model)])
+        return trainers[0].train_step(*arguments)
+
+    criterion = make()
+    losses, model = trained(criterion, x, y, trains=train)
+    assert losses == pytest.approx(expected, rel=1e-12)
+    assert_same(model, reference)
+    if isinstance(criterion, Counting):  # the step itself calls it once
+        assert (criterion.num_calls, len(criterion.results)) == (3, 3)
+
+
+@some
+def test_says_nothing_good_of_what_one_rank_cannot_see(world, capfd, caplog):
+    """A rank whose samples have no labels, or a loss that is NaN, proves nothing: the warning stays."""
+    if world.size == 1:
+        return
+    x, y = batch(12, F64)
+    y[6:] = -1
+
+    def labelled(outputs, targets):
+        losses = F.cross_entropy(outputs, targets.clamp(min=0), reduction="none")
+        return (losses * (targets >= 0)).sum() / (targets >= 0).sum().clamp(min=1)
+
+    for criterion in (labelled, lambda outputs, targets: F.cross_entropy(outputs, targets, ignore_index=-1)):
+        model = Net(F64)
+        trainer = create_distributed_trainer(model)
+        try:
+            trainer.train_step(x, y, criterion, sgd(model))
+        except ValueError as error:
+            assert "is not that of the whole" in str(error)  # where a rank has both kinds of samples
+        assert SAME not in capfd.readouterr().out
+        trainer.close()
+
+
+@some
+def test_criteria_of_one_factory(world):
+    """Each of several criteria with the same code is checked."""
+    x, y = batch(12, F64)
+    mean, total = (
+        lambda outputs, targets, kind=kind: F.cross_entropy(outputs, targets, reduction=kind)
+        for kind in ("mean", "sum")
+    )
+    model = Net(F64)
+    trainer = create_distributed_trainer(model)
+    trainer.train_step(x, y, mean, sgd(model))
+    if world.size > 1:
+        with pytest.raises(ValueError, match="is not that of the whole"):
+            trainer.train_step(x, y, total, sgd(model))
+    trainer.close()

@@ -99,6 +99,8 @@ class ShardedDataLoader:
             )
         elif sampler is not None and shuffle:
             raise ValueError("the sampler decides the order: pass no shuffle beside it")
+        if stream is not None and drop_last:
+            raise ValueError("with stream each rank has a last batch of its own: leave drop_last out")
         if not options.get("in_order", True):
             raise ValueError("in_order=False would give each rank its parts of the batches in another order")
         self.position = LoaderPosition(seed)

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import MismatchError
@@ -64,7 +65,8 @@ class Summand:
         if self.kind == Kind.SUM:
             return self.value
         if self.kind == Kind.MEAN:
-            return self.value / count
+            # The total of a part without items may be NaN, as a mean over nothing times 0 is.
+            return self.value / count if self.count or not count else torch.zeros_like(self.value.detach())
         return self.value * (self.multiplier / count if count else math.nan)
 
 
@@ -108,6 +110,7 @@ class LossCounts:
         sees_parts: Whether a loss is that of a part of the batch.
         correction: Factor for the gradients and losses of all microbatches but the last; known before its backward.
         has_plain: Whether a term of the last microbatch was weighted by the weight of its part.
+        has_model: Whether a term of the last microbatch has a mean that the model has computed.
     """
 
     def __init__(self, calls: Calls, num_microbatches: int) -> None:
@@ -119,7 +122,7 @@ class LossCounts:
         self._sums: list[float] = []  # over all ranks and the microbatches so far
         self._estimates: list[float] = []
         self.correction = 1.0
-        self.has_plain = True
+        self.has_plain, self.has_model = True, False
 
     def begin(self) -> None:
         """Begin a microbatch. Local."""
@@ -159,6 +162,7 @@ class LossCounts:
                 "means are not known. Return MeanLoss(total, count), pass weight=, or use microbatches=1."
             )
         self.has_plain = Kind.PLAIN in kinds
+        self.has_model = Kind.MODEL in kinds or Kind.SUM in kinds
         if set(kinds) == {Kind.PLAIN}:
             return by_weight
         counts = self._add(rows, kinds)

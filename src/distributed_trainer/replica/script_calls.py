@@ -372,7 +372,7 @@ def _refuse_value(value: Any, op: Any) -> Exception | None:
 
 def _reduced_numbers(values: list[Any], op: str) -> Any:
     if op in ("sum", "mean"):
-        total = functools.reduce(operator.add, values)
+        total = functools.reduce(operator.add, values, 0)
         return total if op == "sum" else total / len(values)
     nan = next((value for value in values if value != value), None)
     return nan if nan is not None else min(values) if op == "min" else max(values)

@@ -145,6 +145,11 @@ class Evaluation:
             if summand.value is not None
         ]
 
+    @property
+    def has_plain(self) -> bool:
+        """Whether a term of the loss counts by samples, although its mean is not known."""
+        return any(Kind.PLAIN in kinds for _, *kinds in self._means)
+
     def run_dummy(self, outputs: Any, targets: Any) -> None:
         """Make the calls of `add` for samples that do not count. Local."""
         if self._criterion is not None:

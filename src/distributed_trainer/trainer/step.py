@@ -55,7 +55,7 @@ class TrainStep:
         self._device, self._clock, self._checkpointer = device, clock, checkpointer
         self.num_samples = 0.0
         self.weight_check = WeightCheck(device)
-        self._num_values = 2  # length of the sums in a step: terms of the loss, and whether the step is logged
+        self._num_values = 3  # length of the sums in a step: terms of the loss, and two numbers
         self._counts: LossCounts | None = None  # if the mean of the present step's criterion is not known
         self.has_plain = True
         self.computes_loss: bool | None = None
@@ -91,8 +91,9 @@ class TrainStep:
             num_microbatches: Number of microbatches; each is computed in `Session.num_pieces` pieces.
 
         Returns:
-            Sums over all ranks, in float64, of the loss's terms and of a number that is not 0 if any rank logs the
-            step; and the loss's structure.
+            Sums over all ranks, in float64, of the loss's terms, of a number that is not 0 if any rank logs the step,
+            and of one that is not 0 if the `WeightCheck` has not passed on a rank with samples; and the loss's
+            structure.
 
         Raises:
             ReplacementWaits: A process is to be admitted first.
@@ -124,7 +125,7 @@ class TrainStep:
         replica.start(flags)
         clock.mark(AGREEMENT)
         self._prepare_counts(session, criterion, len(batch.microbatches))
-        self.weight_check.start(criterion, checks_weight and sees_parts, bool(self.computes_loss))
+        self.weight_check.start(criterion, checks_weight and sees_parts)
         began = clock.computed() - replica.waited_seconds
         loss, values, calls = None, [], replica.script_calls
         meets = replica.is_forward_collective or self._counts is not None  # a rank that fails is in the group of steps
@@ -143,12 +144,15 @@ class TrainStep:
         if session.auto_microbatch.ranks_lack_memory():
             replica.abandon()
             raise MicrobatchesTooLarge(batch.longest)
-        values = [[*map(float, terms), is_logged] for terms in values]
+        values = [[*map(float, terms), is_logged, 0.0] for terms in values]
         if replica.failure is not None or calls.is_over:
             self._raise_together(session, replica.failure or calls.told)
         given, is_cut = Given(inputs, targets, criterion, session.handshake.rule), is_whole or num_microbatches > 1
         with replica.autocast():
             replica.object(self.weight_check.compare(session.model, given, is_cut, session.rank))
+        if values:
+            check = self.weight_check
+            values[-1][-1] = check.is_on and not check.has_passed and batch.num_samples > 0
         result = replica.finish(values, loss, batch.source, batch.num_samples > 0)
         self._num_values = len(values[0]) if values else 0  # a rank may have no shard
         clock.mark(EXCHANGE)
@@ -318,13 +322,13 @@ class TrainStep:
         with recording(records) if self.computes_loss and finds_means else contextlib.nullcontext():
             outputs = call_model(session.model, inputs)
         targets, criterion = to_device(microbatch.targets, self._device), microbatch.criterion
-        if not microbatch.is_dummy:
-            self.weight_check.look(microbatch.given, microbatch.num_samples, outputs)
         if counts is not None:
             loss = criterion(outputs, targets)
             self._clock.mark(FORWARD)
             loss = self._scale(session, counts, loss, records, microbatch, total)
             self._clock.mark(AGREEMENT)
+            if counts.has_model:
+                self.weight_check.leave_out_plain()
         elif microbatch.is_dummy:
             loss = criterion(outputs, targets)
         else:
@@ -335,6 +339,8 @@ class TrainStep:
                     "with reproducible=. Pass weight=, such as lambda labels: (labels != -100).sum(), or for a "
                     "language model that shifts its labels by one lambda labels: (labels[:, 1:] != -100).sum()."
                 )
+        if not microbatch.is_dummy:
+            self.weight_check.look(microbatch.given, microbatch.num_samples, outputs)
         return outputs, loss, loss_terms(criterion, loss)
 
     def _scale(

@@ -25,6 +25,7 @@ from ..data.batch import map_tensors
 from ..data.handshake import StepFlags
 from ..data.loader import Agree, ShardedDataLoader
 from ..data.loss_weight import Weighted
+from ..data.model_loss import computes_loss
 from ..data.position import DataPosition
 from ..data.reading import own_stream
 from ..data.rng import mix
@@ -287,14 +288,15 @@ class DistributedTrainer:
         def update(session: Session, is_alone: bool) -> None:
             session.replica.update(optimizers, clip_norm, is_alone=is_alone)
 
-        (*totals, num_logging), loss = self._recovery.run(StepAttempt(inputs, targets, compute, update))
+        (*totals, num_logging, num_unproved), loss = self._recovery.run(StepAttempt(inputs, targets, compute, update))
         clock.mark(OPTIMIZER)
         if self.is_main:
             check = self._step.weight_check
-            if (line := check.report()) is not None:
+            has_passed = check.has_passed and not num_unproved
+            if (line := check.report(has_passed)) is not None:
                 print(f"distributed_trainer: {line}", flush=True)
             if self._step.has_plain and self.world_size > 1:
-                self._warnings.about_criterion(criterion, bool(self._step.computes_loss), check.has_passed)
+                self._warnings.about_criterion(criterion, bool(self._step.computes_loss), has_passed)
         rates = [one.param_groups[0].get("lr") for one in optimizers]
         figures = {
             "learning_rate": rates[0],
@@ -772,14 +774,17 @@ class DistributedTrainer:
             criterion = Weighted(criterion, weight)
         is_split = isinstance(loader, ShardedDataLoader) or not self._options.split_batches
 
-        def run(session: Session) -> dict[str, Any]:
+        def run(session: Session) -> tuple[dict[str, Any], bool]:
             evaluation = Evaluation(criterion, metrics or {})
             evaluation.is_local = is_split and not (isinstance(loader, ShardedDataLoader) and loader.is_collective)
             parts = self._parts(session, loader, evaluation)
             dummy = session.handshake.rule.dummy
-            return evaluate(session.replica, parts, evaluation, session.groups.steps, self.device, dummy)
+            result = evaluate(session.replica, parts, evaluation, session.groups.steps, self.device, dummy)
+            return result, evaluation.has_plain
 
-        result = self._recovery.retry(run)
+        result, has_plain = self._recovery.retry(run)
+        if has_plain and criterion is not None and self.is_main and self.world_size > 1:
+            self._warnings.about_criterion(criterion, computes_loss(self.model), False)
         self._clock.skip()
         return result
 

@@ -12,17 +12,26 @@ A rank compares the two by its own samples, where the step cuts batches and the 
 The parts have a third of the samples, and the rest: with equal parts some wrong weights do not show. Nothing is said of
 what is the same in both parts. An exception ends the check, and nothing else. Nothing here communicates; a criterion or
 model that calls other ranks is not checked, since the ranks may make the check in different ways.
+
+The check comes after the step's own loss, and calls copies of the criterion (its attributes, what its function has
+closed over) with copies of the tensors, since a criterion may count its calls or write to its arguments. A function
+that assigns to a global variable is not checked.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
+import dis
 import functools
 import math
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +47,10 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-5}
 _COARSE = 2e-2
 _RESOLUTION = 1e-2  # a check has passed if it would have shown that a part's share of the weight is wrong by this
 
+
+_MOST_CHECKS = 8  # for criteria with the same code
+
+_LARGEST_COPY = 1 << 20  # elements
 
 _TOO_SIMILAR = "the losses of the two parts are almost the same"
 
@@ -64,35 +77,45 @@ class WeightCheck:
         device: Device of the model.
 
     Attributes:
-        has_passed: Whether the last step has made a check, and it has passed.
+        has_passed: Whether the last step has made a check that has passed on this rank.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._checked: set[Any] = set()  # keys of criteria
+        self._checked: dict[Any, set[Any]] = {}  # by code of criteria, the values with which they were checked
         self._criterion: Any = None  # to be checked in this step; None if there is none
         self.has_passed = False
 
-    def start(self, criterion: Callable[..., Any], is_on: bool, leaves_out_plain: bool = False) -> None:
+    @property
+    def is_on(self) -> bool:
+        """Whether the last step has made a check."""
+        return self._criterion is not None
+
+    def start(self, criterion: Callable[..., Any], is_on: bool) -> None:
         """Begin a step. Local.
 
         Args:
             criterion: Loss of the step.
             is_on: Whether the step cuts batches, and is to be checked.
-            leaves_out_plain: Leave out terms without a weight or count: the step finds counts of the model's losses.
         """
         is_exact = is_known(criterion) and not (isinstance(criterion, Weighted) and callable(criterion.weight))
-        needs_check = is_on and not is_exact and _key(criterion) not in self._checked
+        code, values = _key(criterion)
+        checked = self._checked.get(code, set())
+        needs_check = is_on and not is_exact and values not in checked and len(checked) < _MOST_CHECKS
         self._criterion = criterion if needs_check else None
-        self._leaves_out_plain = leaves_out_plain and not isinstance(criterion, Weighted)
+        self._leaves_out_plain = self._has_count = False
         self.has_passed = False
         self._candidate: tuple[Given, int] | None = None  # samples that need a forward, and their number
         self._has_compared = False
         self._reason = "this rank's part has fewer than two samples"
         self._seconds = 0.0
 
+    def leave_out_plain(self) -> None:
+        """Leave out terms without a weight or count, since the step has found counts of the model's losses. Local."""
+        self._leaves_out_plain = not isinstance(self._criterion, Weighted)
+
     def look(self, given: Given, num_samples: int, outputs: Any) -> None:
-        """Compare the losses of a microbatch by its outputs. Local."""
+        """Compare the losses of a microbatch by its outputs, after the criterion was called for it. Local."""
         if self._criterion is None or self.has_passed or self._candidate is not None or num_samples < 2:
             return
         with self._checking([]):
@@ -123,21 +146,29 @@ class WeightCheck:
                     refusal = self._judge_forwards(model, *self._candidate, is_cut, rank)
         self._candidate = None  # it holds the batch
         if refusal is None:  # a criterion that was refused will be refused again
-            self._checked.add(_key(self._criterion))
+            code, values = _key(self._criterion)
+            self._checked.setdefault(code, set()).add(values)
         return refusal
 
-    def report(self) -> str | None:
-        """Return a line on what the last step's check has found and taken; None if there was none. Local."""
+    def report(self, has_passed: bool) -> str | None:
+        """Return a line on what the last step's check has found and taken; None if there was none. Local.
+
+        Args:
+            has_passed: Whether it has passed on every rank.
+        """
         if self._criterion is None:
             return None
         name, taken = criterion_name(self._criterion), f"{self._seconds:.2g} s; check_weight=False leaves this out"
         if isinstance(self._criterion, Weighted):
-            if self.has_passed:
+            if has_passed:
                 return (
                     f"weight= fits {name}: the loss of two parts of a batch, weighted, is that of the whole ({taken})"
                 )
-            return f"weight= of {name} was not checked, since {self._reason} ({taken})"
-        if self.has_passed:
+            reason = "the part of another rank shows nothing" if self.has_passed else self._reason
+            return f"weight= of {name} was not checked, since {reason} ({taken})"
+        if has_passed and self._has_count:
+            return f"MeanLoss of {name} fits: the loss of two parts of a batch is that of the whole ({taken})"
+        if has_passed:
             return (
                 f"{name} counts as a mean over samples: the loss of two parts of a batch, weighted, is that of the "
                 f"whole ({taken}). If it leaves out targets that are not in this batch, such as padding, pass weight="
@@ -165,7 +196,7 @@ class WeightCheck:
 
         def losses(change: Callable[[Tensor], Tensor], start: int, stop: int) -> _Losses:
             def cut(tensor: Tensor) -> Tensor:
-                return change(cut_tensor(tensor.detach(), given.rule.dim_of(tensor), start, stop))
+                return change(cut_tensor(tensor.detach(), given.rule.dim_of(tensor), start, stop)).clone()
 
             part = given.part(num_samples, start, stop)
             return self._losses(part, stop - start, map_tensors(cut, outputs), change)
@@ -193,7 +224,7 @@ class WeightCheck:
         parts = [given, given, given.part(num_samples, 0, middle), given.part(num_samples, middle, num_samples)]
         sizes = [num_samples, num_samples, middle, num_samples - middle]
         with _evaluating(model):
-            outputs = [call_model(model, to_device(part.inputs, self._device)) for part in parts]
+            outputs = [call_model(model, _cloned(to_device(part.inputs, self._device))) for part in parts]
         # Two evaluations of the whole, which differ if something draws.
         losses = [self._losses(*one) for one in zip(parts, sizes, outputs, strict=True)]
         spread, scale = _spread(outputs[0], outputs[2:], given, sizes)
@@ -229,12 +260,14 @@ class WeightCheck:
         self, given: Given, num_samples: int, outputs: Any, change: Callable[[Tensor], Tensor] = lambda tensor: tensor
     ) -> _Losses:
         """Return the loss of samples; `change` is applied to their targets."""
-        weight = local_weight(given.criterion, given.targets, num_samples)
-        targets = map_tensors(change, to_device(given.targets, self._device))
+        criterion = _copied(given.criterion)
+        weight = local_weight(criterion, _cloned(given.targets), num_samples)
+        targets = map_tensors(change, _cloned(to_device(given.targets, self._device)))
         returned, terms = list[Any](), list[tuple[Tensor, float]]()
-        map_terms(returned.append, given.criterion(outputs, targets))
+        map_terms(returned.append, criterion(outputs, targets))
         for term in returned:
             if isinstance(term, MeanLoss):
+                self._has_count = True
                 count = term.count_as_float()
                 terms.append((term.total / count, count))
             elif not self._leaves_out_plain:
@@ -285,13 +318,99 @@ def _middle(num_samples: int) -> int:
     return max(1, num_samples // 3)
 
 
-def _key(criterion: Any) -> Any:
-    """Return what is the same for a criterion, and its weight, that a script makes again in each step."""
+def _key(criterion: Any) -> tuple[Any, Any]:
+    """Return the code of a criterion and its weight, and the plain values in them.
+
+    Both are the same for a criterion that a script makes again in each step.
+    """
     if isinstance(criterion, Weighted):
-        return _key(criterion.criterion), _key(criterion.weight)
+        (code, values), (other, others) = _key(criterion.criterion), _key(criterion.weight)
+        return (code, other), (values, others)
     if isinstance(criterion, functools.partial):
-        return _key(criterion.func)
-    return getattr(criterion, "__code__", type(criterion))
+        code, values = _key(criterion.func)
+        return code, (values, _plain([*criterion.args, *criterion.keywords.values()]))
+    if isinstance(criterion, types.MethodType):
+        return criterion.__code__, _plain(getattr(criterion.__self__, "__dict__", {}).values())
+    if isinstance(criterion, types.FunctionType):
+        cells = [_content(cell) for cell in criterion.__closure__ or ()]
+        defaults = [*(criterion.__defaults__ or ()), *(criterion.__kwdefaults__ or {}).values()]
+        return criterion.__code__, _plain([*cells, *defaults])
+    return type(criterion), _plain(getattr(criterion, "__dict__", {}).values())
+
+
+def _plain(values: Any) -> tuple[Any, ...]:
+    """Return what chooses a loss, such as a reduction's name; not numbers, which may count steps."""
+    return tuple(value if isinstance(value, str | bool) else type(value) for value in values)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # it is empty
+        return None
+
+
+def _cloned(structure: Any) -> Any:
+    return map_tensors(Tensor.clone, structure)
+
+
+def _copied(criterion: Any) -> Any:
+    """Return a copy of a criterion that counts its calls, or keeps its results, for itself.
+
+    Raises:
+        _NotComparable: There is none.
+    """
+    try:
+        return _copy_of(criterion)
+    except _NotComparable:
+        raise
+    except Exception as error:
+        raise _NotComparable(f"it cannot be copied ({type(error).__name__}: {error})") from error
+
+
+def _copy_of(criterion: Any) -> Any:
+    if isinstance(criterion, Weighted):
+        return Weighted(_copy_of(criterion.criterion), criterion.weight)
+    if isinstance(criterion, functools.partial):
+        return functools.partial(_copy_of(criterion.func), *criterion.args, **criterion.keywords)
+    if isinstance(criterion, types.MethodType):
+        return types.MethodType(criterion.__func__, _copy_of(criterion.__self__))
+    if isinstance(criterion, types.FunctionType):
+        if any(step.opname == "STORE_GLOBAL" for step in dis.get_instructions(criterion)):
+            raise _NotComparable("it assigns to a global variable")
+        cells = tuple(types.CellType(_copy_value(_content(cell))) for cell in criterion.__closure__ or ())
+        function = types.FunctionType(
+            criterion.__code__, criterion.__globals__, criterion.__name__, criterion.__defaults__, cells
+        )
+        function.__kwdefaults__ = criterion.__kwdefaults__
+        function.__dict__.update({name: _copy_value(value) for name, value in criterion.__dict__.items()})
+        return function
+    return _copy_value(criterion)
+
+
+def _copy_value(value: Any, depth: int = 4) -> Any:
+    """Return a copy of what a criterion holds. Functions, modules with parameters and large tensors are not copied."""
+    if depth == 0 or isinstance(value, types.FunctionType | types.ModuleType | type):
+        return value
+    if isinstance(value, Tensor):
+        is_state = not isinstance(value, nn.Parameter) and not value.requires_grad and value.numel() <= _LARGEST_COPY
+        return value.clone() if is_state else value
+    if type(value) in (list, tuple, set, collections.deque):
+        return type(value)(_copy_value(one, depth - 1) for one in value)
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update({key: _copy_value(one, depth - 1) for key, one in value.items()})
+        return copied
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, nn.Module):
+        if any(True for _ in value.parameters()):
+            return value
+    elif type(value).__module__.partition(".")[0] in ("torch", "distributed_trainer") or not hasattr(value, "__dict__"):
+        return value
+    changed = copy.copy(value)
+    vars(changed).update({name: _copy_value(one, depth - 1) for name, one in vars(value).items()})
+    return changed
 
 
 def _module_of(criterion: Any) -> nn.Module | None:
