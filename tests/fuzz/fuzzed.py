@@ -87,7 +87,7 @@ def checkpoint_seeds():
             _, objects, state = make_training()
             for rank in range(num_ranks):
                 _RANDOM.restore(_CPU)
-                part = state.snapshot(_REPLICA, {"optimizer": None}, objects, rank, num_ranks)
+                part = state.snapshot(_REPLICA, {"optimizer": None}, objects, rank, num_ranks, False)
                 files = part.files
                 if num_ranks == 2:
                     whole = torch.arange(6.0).view(2, 3)

@@ -117,7 +117,7 @@ def test_two_collectives(world):
         trainer.train_step(x, y, nn.MSELoss(), optimizer)
     others = sum(parameter.numel() for parameter in model.parameters()) - 3 * 63 * 63
     factors = 64 + 64 + 63  # each factor begins a cache line
-    assert events[:2] + events[3:] == [factors, "first layer", factors, 11]  # the last are the loss and flags
+    assert events[:2] + events[3:] == [factors, "first layer", factors, 12]  # the last are the loss and flags
     assert others <= events[2] < others + 8 * len(list(model.parameters()))
     trainer.close()
 
