@@ -111,7 +111,7 @@ def slow_tests(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
     """Yield the tests that `make test` leaves to `make test-all`, besides those marked so.
 
     These tests run on 4 and more ranks, or are one of many combinations: `make test` runs each set of parameters on 2
-    ranks and on one other job, by turns.
+    ranks, and every second set on one other job, too, by turns.
     """
     tests = defaultdict(list)
     for item in items:
@@ -124,7 +124,7 @@ def slow_tests(items: Iterable[pytest.Item]) -> Iterator[pytest.Item]:
     for function, runs in tests.items():
         sets, jobs = (sorted({run[position] for run in runs}) for position in (0, 1))
         first = zlib.crc32(function.__name__.encode())  # another job for the first set of each test
-        chosen = {(one, jobs[number % len(jobs)]) for number, one in enumerate(sets, first)}
+        chosen = {(one, jobs[number % len(jobs)]) for number, one in enumerate(sets[::2], first)}
         yield from (item for others, job, item in runs if (others, job) not in chosen)
 
 
