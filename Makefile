@@ -22,9 +22,8 @@ FUZZ_SECONDS ?= 60
 # The torch of `make test-torch`; the lowest release that the package takes.
 TORCH ?= $(shell sed -n 's/.*"torch>=\(.*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test announce-test test-all test-rest test-rest-on-ranks test-rest-long test-rest-beside \
-	test-installations test-torch test-engine test-engine-threads fuzz lint bench stub docs-table build build-openmpi \
-	build-mpich wheel manylinux clean
+.PHONY: help demo test announce-test test-all test-rest test-rest-on-ranks test-rest-beside test-installations test-torch \
+	test-engine test-engine-threads fuzz lint bench stub docs-table build build-openmpi build-mpich wheel manylinux clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,15 +44,12 @@ test-all: test  ## All tests: both MPIs, more ranks, sanitizers, fuzzing, hosts,
 	$(MAKE) test-rest
 
 test-rest: build wheel .venv/.frameworks .venv/.fuzz
-	$(MAKE) --jobs=3 --output-sync=target test-rest-on-ranks test-rest-long test-rest-beside
+	$(MAKE) --jobs=2 test-rest-on-ranks test-rest-beside
 
 test-rest-on-ranks:
 	TEST_RANKS=4 $(run_engine_tests)
 	.venv/bin/python -m pytest -m 'slow and not long'
 	.venv-mpich/bin/python -m pytest -m 'each_mpi and not long'
-
-# They wait most of the time: for hosts, daemons, time limits.
-test-rest-long:
 	.venv/bin/python -m pytest -m long --ignore=tests/long/test_install.py
 	.venv-mpich/bin/python -m pytest -m 'each_mpi and long'
 

@@ -71,7 +71,7 @@ def check_training(machine: Machine, bin_folder: str = "/usr/bin", **variables: 
         "/venv/bin/python -m distributed_trainer run --hostfile hosts.txt --tag-output smoke.py 2": 2,
         "/venv/bin/python smoke.py 2": 2,
     }.items():
-        output = machine.run(f"cd /root; {command}", timeout_seconds=60, **AS_ROOT, **variables)
+        output = machine.run(f"cd /root; {command}", timeout_seconds=240, **AS_ROOT, **variables)
         assert f"smoke test passed on {num_ranks} ranks" in output
 
 
