@@ -12,6 +12,9 @@ In a step these calls are made by the model and the criterion. Then
 Every call begins with a message from each rank, which says what it calls and with what. The engine compares the lengths
 of messages, so ranks that are elsewhere get an error. But a rank whose step has failed before any step has made a call
 does not know that others wait, and sends gradients in another group. So the first call in a step meets in that group.
+
+The trainer's own exchange of a loss's denominators (`exchange`) uses the same messages. In a step that has it, a rank
+that has failed arrives here in any case (`report_failure`).
 """
 
 from __future__ import annotations
